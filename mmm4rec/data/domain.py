@@ -1,0 +1,212 @@
+"""The on-disk contract of a domain: this module is its only reader and writer.
+
+A domain is a folder:
+
+    domain.json       name, counts, split, tie-break, provenance, fingerprint, schema_version
+    offsets.npy       int64 [U + 1]; user u's interactions are rows offsets[u] .. offsets[u + 1] - 1
+    items.npy         int32 [N]; item numbers 1..I in time order (0 is padding and never stored)
+    timestamps.npy    int64 [N], unix seconds; absent when the source has no times
+    items.parquet     a row an item, row i - 1 is item i: `item` (the source's id), `text`, `image`
+    users.parquet     a row a user: `user` (the source's id)
+    features/         one table a modality, written by `features.py`
+
+Prefixes are never stored: an example is (user, end), its input is interactions[:end] and its target
+is interactions[end]. With leave-one-out, a user of n interactions has the test example end = n - 1,
+the validation example end = n - 2 and the training examples end = 1 .. n - 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+
+from mmm4rec.errors import BadInput
+
+SCHEMA_VERSION = 1
+SPLIT_RULE = "leave-one-out"
+
+Split = Literal["train", "valid", "test", "all"]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain opened from disk; the arrays are memory maps."""
+
+    path: Path
+    info: dict[str, Any]  # domain.json as it stands on disk
+    offsets: np.ndarray  # [U + 1] int64
+    items: np.ndarray  # [N] int32, 1..I
+    timestamps: np.ndarray | None  # [N] int64 unix seconds
+
+    @property
+    def name(self) -> str:
+        return str(self.info["name"])
+
+    @property
+    def fingerprint(self) -> str:
+        return str(self.info["fingerprint"])
+
+    @property
+    def n_users(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_items(self) -> int:
+        return int(self.info["items"])
+
+    def item_table(self) -> pd.DataFrame:
+        """The items, row i - 1 for item i: columns `item`, `text`, `image` (a path inside the domain or null)."""
+        return pd.read_parquet(self.path / "items.parquet")
+
+    def examples(self, split: Split, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The (user, end) pairs of a split, as two int64 arrays.
+
+        `all` holds every example, the targets of validation and test included (pre-training).
+        `users` restricts the pairs to these users.
+        """
+        chosen = np.arange(self.n_users) if users is None else np.asarray(users, dtype=np.int64)
+        counts = np.diff(self.offsets)[chosen]
+        if split in ("valid", "test"):
+            end = counts - (2 if split == "valid" else 1)
+            kept = end >= 1
+            return chosen[kept], end[kept]
+        n_examples = np.maximum(counts - (1 if split == "all" else 3), 0)
+        starts = np.cumsum(n_examples) - n_examples
+        end = np.arange(n_examples.sum()) - np.repeat(starts, n_examples) + 1
+        return np.repeat(chosen, n_examples), end
+
+
+def open_domain(path: str | Path) -> Domain:
+    """Open a domain by memory map.
+
+    Raises BadInput when the folder is no domain, of another schema version, or damaged.
+    """
+    path = Path(path)
+    info_file = path / "domain.json"
+    if not info_file.is_file():
+        raise BadInput("is not a domain: it has no domain.json.", file=path, remedy="Make one with: mmm4rec prepare SRC OUT")
+    try:
+        info = json.loads(info_file.read_text(encoding="utf-8"))
+        version = info["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"cannot be read ({error}).", file=info_file, remedy="Run mmm4rec prepare again.") from error
+    if version != SCHEMA_VERSION:
+        raise BadInput(
+            f"has schema_version {version}; this version reads {SCHEMA_VERSION}.", file=info_file, remedy="Run mmm4rec prepare again."
+        )
+    try:
+        offsets = np.load(path / "offsets.npy", mmap_mode="r", allow_pickle=False)
+        items = np.load(path / "items.npy", mmap_mode="r", allow_pickle=False)
+        times = path / "timestamps.npy"
+        timestamps = np.load(times, mmap_mode="r", allow_pickle=False) if info["has_timestamps"] else None
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"is damaged ({error}).", file=path, remedy="Run mmm4rec prepare again.") from error
+    lengths = {len(items), int(offsets[-1]), info["interactions"]} | (set() if timestamps is None else {len(timestamps)})
+    if len(lengths) != 1:
+        raise BadInput(f"is damaged: its arrays hold {sorted(lengths)} interactions.", file=path, remedy="Run mmm4rec prepare again.")
+    return Domain(path, info, offsets, items, timestamps)
+
+
+def write_domain(
+    out: str | Path,
+    *,
+    name: str,
+    offsets: np.ndarray,
+    items: np.ndarray,
+    timestamps: np.ndarray | None,
+    item_table: pd.DataFrame,
+    user_ids: list[str],
+    tie_break: str,
+    provenance: dict[str, Any],
+    extra: Callable[[Path, str], None] | None = None,
+    force: bool = False,
+) -> Domain:
+    """Write a domain whole or not at all, and open it.
+
+    Args:
+        offsets, items, timestamps: as in the module's text.
+        item_table: `item` (str, unique), `text` (str), `image` (str or None), I rows in item order.
+        user_ids: the source's user ids, U of them.
+        tie_break: the rule that orders interactions of equal time.
+        provenance: counts and settings of the preparation (rows read, dropped, tied, k-core, ...).
+        extra: called with the unfinished folder and the fingerprint, to write features or pictures too.
+        force: replace an existing domain.
+    Raises BadInput when `out` exists and `force` is off.
+    """
+    info = {
+        "schema_version": SCHEMA_VERSION,
+        "name": name,
+        "users": len(offsets) - 1,
+        "items": len(item_table),
+        "interactions": len(items),
+        "has_timestamps": timestamps is not None,
+        "split": SPLIT_RULE,
+        "tie_break": tie_break,
+        "fingerprint": fingerprint(offsets, items, timestamps, item_table["item"].tolist(), user_ids, tie_break),
+        "provenance": provenance,
+    }
+    with new_folder(out, force=force) as folder:
+        np.save(folder / "offsets.npy", np.asarray(offsets, dtype=np.int64))
+        np.save(folder / "items.npy", np.asarray(items, dtype=np.int32))
+        if timestamps is not None:
+            np.save(folder / "timestamps.npy", np.asarray(timestamps, dtype=np.int64))
+        item_table[["item", "text", "image"]].to_parquet(folder / "items.parquet", index=False)
+        pd.DataFrame({"user": user_ids}).to_parquet(folder / "users.parquet", index=False)
+        if extra is not None:
+            extra(folder, str(info["fingerprint"]))
+        (folder / "domain.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    return open_domain(out)
+
+
+def fingerprint(
+    offsets: np.ndarray,
+    items: np.ndarray,
+    timestamps: np.ndarray | None,
+    item_ids: list[str],
+    user_ids: list[str],
+    tie_break: str,
+) -> str:
+    """Hash of all that decides what a number on this domain means: rows, order, ids, split, tie-break."""
+    digest = hashlib.sha256()
+    for text in (SPLIT_RULE, tie_break, *item_ids, "users", *user_ids):
+        digest.update(text.encode() + b"\0")
+    digest.update(np.asarray(offsets, dtype="<i8").tobytes())
+    digest.update(np.asarray(items, dtype="<i4").tobytes())
+    digest.update(b"" if timestamps is None else np.asarray(timestamps, dtype="<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def new_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
+    """Give a temporary folder beside `out` that takes its name when the block ends well.
+
+    Raises BadInput when `out` exists and `force` is off. When the block raises, nothing is left behind.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise BadInput("exists already.", file=out, remedy="Choose another folder, or replace it with --force.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        folder.chmod(0o755)
+        yield folder
+        replaced = None
+        if out.exists():
+            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
+            os.replace(out, replaced)
+        os.replace(folder, out)
+        if replaced is not None:
+            shutil.rmtree(replaced.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,119 @@
+"""Feature tables: one vector an item and modality, and a mask that says which rows exist.
+
+On disk, inside the domain's folder:
+
+    features/text.npy            [I, F] float16 or float32, row i - 1 is item i
+    features/text.present.npy    [I] bool
+    features/text.json           encoder, dimension, fingerprint of the domain, digest of the vectors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mmm4rec.data.domain import Domain
+from mmm4rec.errors import BadInput
+
+Modality = Literal["text", "image"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """The features of one modality of one domain."""
+
+    modality: Modality
+    vectors: np.ndarray  # [I, F], row i - 1 is item i; rows that are not present are zero
+    present: np.ndarray  # [I] bool
+    encoder: str  # what made them: a name that fixes their meaning
+    digest: str  # hash of vectors and mask
+
+    @property
+    def dimension(self) -> int:
+        return int(self.vectors.shape[1])
+
+    def shuffled(self, seed: int) -> FeatureTable:
+        """The same rows dealt out anew among the items: the control that takes content's meaning away."""
+        order = np.random.default_rng(seed).permutation(len(self.vectors))
+        return replace(self, vectors=self.vectors[order], present=self.present[order], digest=f"{self.digest}-shuffled{seed}")
+
+
+def save_table(
+    folder: Path, modality: Modality, vectors: np.ndarray, present: np.ndarray, *, encoder: str, domain_fingerprint: str, source: str | Path
+) -> None:
+    """Write a table into a domain's folder; the description goes last, so a table without one is no table.
+
+    Args: vectors [I, F]; present [I]; encoder: a name that fixes the vectors' meaning (two tables with
+    the same name and dimension may share a model); source: named in the error of a bad vector.
+    Raises BadInput when a present vector is not finite.
+    """
+    finite = np.isfinite(vectors).all(axis=1) | ~present
+    if not finite.all():
+        raise BadInput(f"row {int(np.argmin(finite))} (counted from 0) is not finite.", file=source, remedy="Encode the items again.")
+    vectors = np.where(present[:, None], vectors, np.zeros((), dtype=vectors.dtype))
+    info = {
+        "schema_version": 1,
+        "encoder": encoder,
+        "dimension": int(vectors.shape[1]),
+        "items": len(vectors),
+        "present": int(present.sum()),
+        "domain_fingerprint": domain_fingerprint,
+        "digest": hashlib.sha256(np.ascontiguousarray(vectors).tobytes() + present.tobytes()).hexdigest()[:16],
+    }
+    target = folder / "features"
+    target.mkdir(exist_ok=True)
+    contents = {f"{modality}.npy": vectors, f"{modality}.present.npy": present.astype(bool)}
+    (target / f"{modality}.json").unlink(missing_ok=True)
+    for name, array in contents.items():
+        np.save(target / f".{name}", array)
+        os.replace(target / f".{name}", target / name)
+    part = target / f".{modality}.json"
+    part.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, target / f"{modality}.json")
+
+
+def add_features(domain: Domain, modality: Modality, vectors: np.ndarray, present: np.ndarray, *, encoder: str, force: bool = False) -> None:
+    """Give a domain a feature table. Raises BadInput when it has one already and `force` is off."""
+    place = domain.path / "features" / f"{modality}.json"
+    if place.exists() and not force:
+        raise BadInput(f"domain '{domain.name}' has {modality} features already.", file=place, remedy="Replace them with --force.")
+    if vectors.ndim != 2 or len(vectors) != domain.n_items:
+        raise BadInput(
+            f"has {len(vectors):,} rows; domain '{domain.name}' has {domain.n_items:,} items.", file=place, remedy="Encode the items again."
+        )
+    save_table(domain.path, modality, vectors, present, encoder=encoder, domain_fingerprint=domain.fingerprint, source=place)
+
+
+def open_features(domain: Domain, modality: Modality) -> FeatureTable | None:
+    """The domain's table of a modality, by memory map; None when it has none.
+
+    Raises BadInput when the table does not fit the domain (another fingerprint, another number of rows).
+    """
+    folder = domain.path / "features"
+    file = folder / f"{modality}.json"
+    if not file.is_file():
+        return None
+    remedy = f"Re-run: mmm4rec encode {domain.path}"
+    try:
+        info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        vectors = np.load(folder / f"{modality}.npy", mmap_mode="r", allow_pickle=False)
+        present = np.load(folder / f"{modality}.present.npy", allow_pickle=False)
+        encoder, digest, bound_to = str(info["encoder"]), str(info["digest"]), info["domain_fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(f"cannot be read ({error}).", file=file, remedy=remedy) from error
+    if bound_to != domain.fingerprint:
+        raise BadInput(f"belongs to domain {bound_to}; this domain is {domain.fingerprint}.", file=file, remedy=remedy)
+    if len(vectors) != domain.n_items or len(present) != domain.n_items:
+        raise BadInput(
+            f"has {len(vectors):,} rows; domain '{domain.name}' has {domain.n_items:,} items.",
+            file=folder / f"{modality}.npy",
+            remedy=remedy,
+        )
+    return FeatureTable(modality, vectors, present, encoder, digest)
