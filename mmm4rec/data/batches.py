@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mmm4rec.data.domain import Domain
+from mmm4rec.data.features import ItemFeatures
 
 GROUP_LENGTHS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
 
@@ -48,6 +49,14 @@ class Batch:
             for group in self.groups
         )
         return replace(self, groups=groups, targets=self.targets.to(device, non_blocking=True))
+
+    def compact(self) -> tuple[Tensor, Batch]:
+        """The item ids that the batch holds, ascending, and the batch with rows of that list in place of ids."""
+        parts = [group.items.flatten() for group in self.groups]
+        ids, rows = torch.unique(torch.cat([*parts, self.targets]), return_inverse=True)
+        *group_rows, targets = rows.split([*(len(part) for part in parts), len(self)])
+        groups = tuple(replace(group, items=row.view_as(group.items)) for group, row in zip(self.groups, group_rows, strict=True))
+        return ids, replace(self, groups=groups, targets=targets)
 
 
 def make_batch(domain: Domain, users: np.ndarray, ends: np.ndarray, *, max_len: int, time: bool) -> Batch:
@@ -86,6 +95,21 @@ def _make_group(domain: Domain, users: np.ndarray, ends: np.ndarray, lengths: np
         gap_seconds=None if gaps is None else torch.from_numpy(gaps),
         real=torch.from_numpy(real),
     )
+
+
+@dataclass(frozen=True)
+class DomainData:
+    """A domain as a run reads it."""
+
+    domain: Domain
+    features: ItemFeatures  # on the run's device
+    train: tuple[np.ndarray, np.ndarray]  # (users, ends)
+    valid: tuple[np.ndarray, np.ndarray]
+    max_len: int  # T
+    time: bool
+
+    def batch(self, users: np.ndarray, ends: np.ndarray) -> Batch:
+        return make_batch(self.domain, users, ends, max_len=self.max_len, time=self.time)
 
 
 @dataclass(frozen=True)

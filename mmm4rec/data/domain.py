@@ -210,3 +210,13 @@ def new_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
             shutil.rmtree(replaced.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file's content in one move: a reader, or a kill, meets the old or the new file whole."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -12,11 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
@@ -79,7 +82,9 @@ def save_table(
     os.replace(part, target / f"{modality}.json")
 
 
-def add_features(domain: Domain, modality: Modality, vectors: np.ndarray, present: np.ndarray, *, encoder: str, force: bool = False) -> None:
+def add_features(
+    domain: Domain, modality: Modality, vectors: np.ndarray, present: np.ndarray, *, encoder: str, force: bool = False
+) -> None:
     """Give a domain a feature table. Raises BadInput when it has one already and `force` is off."""
     place = domain.path / "features" / f"{modality}.json"
     if place.exists() and not force:
@@ -117,3 +122,38 @@ def open_features(domain: Domain, modality: Modality) -> FeatureTable | None:
             remedy=remedy,
         )
     return FeatureTable(modality, vectors, present, encoder, digest)
+
+
+@dataclass(frozen=True)
+class ItemFeatures:
+    """A domain's features as a model reads them: row i is item i, row 0 (padding) is absent and zero."""
+
+    n_items: int
+    vectors: dict[Modality, Tensor]  # [I + 1, F] float32; a modality that the domain lacks has no entry
+    present: dict[Modality, Tensor]  # [I + 1] bool
+    encoders: dict[Modality, str]
+
+    @property
+    def dimensions(self) -> dict[Modality, int]:
+        return {modality: vectors.shape[1] for modality, vectors in self.vectors.items()}
+
+    def to(self, device: torch.device) -> ItemFeatures:
+        vectors = {modality: part.to(device) for modality, part in self.vectors.items()}
+        return replace(self, vectors=vectors, present={modality: part.to(device) for modality, part in self.present.items()})
+
+
+def load_features(domain: Domain, modalities: Sequence[Modality], *, shuffle_seed: int | None = None) -> ItemFeatures:
+    """The domain's tables of these modalities as tensors; `shuffle_seed` deals their rows out anew among the items."""
+    tables = [table for table in (open_features(domain, modality) for modality in modalities) if table is not None]
+    if shuffle_seed is not None:
+        tables = [table.shuffled(shuffle_seed) for table in tables]
+    return ItemFeatures(
+        n_items=domain.n_items,
+        vectors={table.modality: _padded(np.asarray(table.vectors, dtype=np.float32)) for table in tables},
+        present={table.modality: _padded(table.present) for table in tables},
+        encoders={table.modality: table.encoder for table in tables},
+    )
+
+
+def _padded(rows: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros_like(rows[:1]), rows]))

@@ -32,7 +32,7 @@ def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Ten
 
 def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """The dual form; cost and memory grow with L squared. Shapes as in `recurrence`."""
-    b, L, H, P = x.shape
+    b, L, H = delta.shape
     G = B.shape[2]
     log_decay = torch.cumsum(delta * a, dim=1).transpose(1, 2)  # [b, H, L]
     between = log_decay[..., :, None] - log_decay[..., None, :]  # [b, H, L, L], to row i from column j

@@ -1,0 +1,179 @@
+"""The command line: mmm4rec prepare | demo | encode | train | evaluate | recommend."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from mmm4rec.config import from_dict, load_yaml, merge, override
+from mmm4rec.errors import BadInput
+
+
+def prepare_command(args: argparse.Namespace) -> None:
+    from mmm4rec.data.prepare import prepare
+
+    _print(prepare(args.src, args.out, name=args.name, k_core=args.k_core, force=args.force).info)
+
+
+def demo_command(args: argparse.Namespace) -> None:
+    from mmm4rec.data.demo import write_demo
+
+    for domain in write_demo(args.out, seed=args.seed, force=args.force):
+        print(f"{domain.path}: {domain.n_users:,} users, {domain.n_items:,} items, {len(domain.items):,} interactions")
+
+
+def encode_command(args: argparse.Namespace) -> None:
+    from mmm4rec.data.encode import encode_domains
+
+    domains = encode_domains(
+        args.domain, encoder=args.encoder, fit_on=args.fit_on, save=args.save, dimensions=args.dimensions, force=args.force
+    )
+    for domain in domains:
+        print(f"{domain.path}: encoded {domain.n_items:,} items with {args.encoder}")
+
+
+def train_command(args: argparse.Namespace) -> None:
+    """One run, with a bar an epoch and a line of its validation metrics."""
+    from mmm4rec.run import Assembled, RunConfig, execute
+
+    data = load_yaml(args.config) if args.config else {}
+    data = merge(data, {"data": {"domains": [str(path) for path in args.domain]}} if args.domain else {})
+    flags = {"seed": args.seed, "init": args.init and str(args.init), "device": args.device}
+    data = merge(data, {key: value for key, value in flags.items() if value is not None})
+    data = merge(data, {"training": {"epochs": args.epochs}} if args.epochs is not None else {})
+    config = from_dict(RunConfig, override(data, args.set), source=str(args.config or "the command line"))
+    bar = tqdm(unit="batch", leave=False, disable=None)
+
+    def show(assembled: Assembled) -> None:
+        if assembled.transfer is not None:
+            print(assembled.transfer)
+
+        def step(done: int, total: int) -> None:
+            bar.total, bar.n = total, done
+            bar.refresh()
+
+        assembled.run.on_step = step
+
+    with closing(execute(config, args.out, resume=args.resume, on_start=show)) as reports, bar:
+        metric = config.training.valid_metric
+        for report in reports:
+            loss = "untrained" if report.train_loss is None else f"loss {report.train_loss:.4f}"
+            mark = " *" if report.best_epoch == report.epoch else ""
+            bar.write(f"epoch {report.epoch}: {loss}, valid {metric} {report.valid[metric]:.4f}, {report.train_seconds:.1f} s{mark}")
+    result = json.loads((args.out / "result.json").read_text(encoding="utf-8"))
+    for split in ("valid", "test"):
+        if split in result:
+            print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in result[split].items()))
+    print(f"best epoch {result['best_epoch']}; files in {args.out}")
+
+
+def evaluate_command(args: argparse.Namespace) -> None:
+    from mmm4rec.run import open_model
+    from mmm4rec.training.evaluate import evaluate
+    from mmm4rec.training.metrics import metrics
+
+    model, data, device = open_model(args.model, args.domain, device=args.device)
+    users, ends = data.domain.examples(args.split)
+    values = metrics(evaluate(model, data, users, ends, device))
+    _print({"domain": data.domain.name, "fingerprint": data.domain.fingerprint, "split": args.split, "users": len(users), **values})
+
+
+def recommend_command(args: argparse.Namespace) -> None:
+    from mmm4rec.run import open_model, recommend
+
+    model, data, device = open_model(args.model, args.domain, device=args.device)
+    for line in recommend(model, data, device, users=args.user, top=args.top):
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0 done, 1 the work failed, 2 bad input."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    args = _parser().parse_args(argv)
+    try:
+        args.command(args)
+    except BadInput as error:
+        print(f"mmm4rec: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"mmm4rec: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mmm4rec", description="Move a multi-modal Mamba-2 recommender into new domains.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _command(commands, "prepare", prepare_command, "raw files -> a domain", "mmm4rec prepare raw/Gift_Cards domains/Gift_Cards")
+    command.add_argument("src", type=Path, help="an Amazon 2018 category or a UniSRec/MISSRec folder")
+    command.add_argument("out", type=Path, help="folder of the new domain")
+    command.add_argument("--name", help="name of the domain (default: that of OUT)")
+    command.add_argument("--k-core", type=int, default=5, help="users and items with fewer interactions go (raw Amazon; default 5)")
+    command.add_argument("--force", action="store_true", help="replace an existing domain")
+
+    command = _command(commands, "demo", demo_command, "generated source and target domains with text and pictures", "mmm4rec demo domains")
+    command.add_argument("out", type=Path, help="folder of the new domains")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--force", action="store_true", help="replace what is there")
+
+    example = "mmm4rec encode domains/industrial --encoder lexical --fit-on domains/office"
+    command = _command(commands, "encode", encode_command, "item texts or pictures -> features", example)
+    command.add_argument("domain", type=Path, nargs="+")
+    command.add_argument("--encoder", default="lexical", help="lexical (text), pixel (pictures), or a folder made by --save")
+    command.add_argument("--fit-on", type=Path, nargs="+", default=[], metavar="DOMAIN", help="source domains that the encoder is fitted on")
+    command.add_argument("--save", type=Path, metavar="DIR", help="keep the fitted encoder")
+    command.add_argument("--dimensions", type=int, default=256)
+    command.add_argument("--force", action="store_true", help="replace the domain's features")
+
+    example = "mmm4rec train --domain domains/Scientific --out runs/a --seed 1 --set model.width=128 training.learning_rate=3e-4"
+    command = _command(commands, "train", train_command, "train a model on a domain, or pre-train on several", example)
+    command.add_argument("--domain", type=Path, nargs="+", help="fine-tuning: one; pre-training: several")
+    command.add_argument("--out", type=Path, required=True, help="folder of the run's files")
+    command.add_argument("--config", type=Path, help="YAML with the keys of RunConfig (data, model, training, ...)")
+    command.add_argument("--init", type=Path, help="best.safetensors of a run to transfer from")
+    command.add_argument("--seed", type=int)
+    command.add_argument("--epochs", type=int)
+    command.add_argument("--device", help="auto, cpu or cuda")
+    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override single keys of the config")
+    command.add_argument("--resume", action="store_true", help="continue from OUT/last.ckpt where there is one")
+
+    example = "mmm4rec evaluate --model runs/a/best.safetensors --domain domains/Scientific"
+    command = _command(commands, "evaluate", evaluate_command, "full-ranking metrics of a trained model", example)
+    command.add_argument("--split", choices=("valid", "test"), default="test")
+    _add_model(command)
+
+    example = "mmm4rec recommend --model runs/a/best.safetensors --domain domains/Scientific --user A1AXCV2WYDA4PD"
+    command = _command(commands, "recommend", recommend_command, "the next items of users, as JSON lines", example)
+    command.add_argument("--user", nargs="+", help="users by the source's id (default: all)")
+    command.add_argument("--top", type=int, default=10)
+    _add_model(command)
+    return parser
+
+
+def _command(commands: Any, name: str, function: Any, text: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=f"{text}.", epilog=f"example: {example}")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", type=Path, required=True, help="best.safetensors of a run")
+    command.add_argument("--domain", type=Path, required=True)
+    command.add_argument("--device", default="auto")
+
+
+def _print(values: dict[str, Any]) -> None:
+    print(json.dumps(values, indent=2))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

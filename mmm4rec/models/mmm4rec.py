@@ -1,0 +1,241 @@
+"""MMM4Rec: a user's history and the catalogue as vectors of one space (arXiv 2506.02916).
+
+Dimensions: B users, b examples of a group, L positions, T = max_len, I items (row 0 is padding),
+n rows of a catalogue (I + 1, or fewer), D width, H heads, F width of a feature vector.
+
+The text stream is what the published code calls the encoder, the image stream the decoder: the user
+is read off the image stream. With one modality its stream alone remains, without Cross-SSD.
+
+Departures from the published code, all by default and each with a switch where one is useful:
+the skip of the scan reads its input, not the delta-scaled input (`scaled_skip`); time enters as the
+logarithm of the gaps between real items (`time_encoding`); padding is never ranked; a missing feature
+is a learned vector; the item tables and per-item fusion start anew in a new domain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmm4rec.data.batches import Batch, Group
+from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
+from mmm4rec.models.blocks import CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD
+from mmm4rec.models.recommender import Catalogue, Recommender
+
+LOG_GAP_UNIT = 10.0  # log1p(gap_seconds) / 10: six hours are 1.0, a year is 1.7
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches; the sizes are the paper's fine-tuning configuration."""
+
+    width: int = 256
+    layers: int = 1
+    ffn_width: int = 256
+    expand: int = 2
+    head_width: int = 64
+    state: int = 64
+    groups: int | None = None  # None: one a head
+    conv_width: int = 4
+    max_len: int = 20
+    dropout: float = 0.4
+    modalities: Literal["both", "text", "image"] = "both"
+    ids: bool = True  # a learned vector an item and modality, added to its projected features
+    time: bool = True
+    time_encoding: Literal["log", "layer_norm"] = "log"
+    filter: bool = True  # off: the two time signals are added
+    filter_size: int | None = None  # lowest frequencies that the Fourier filter keeps; None: all, max_len // 2 + 1
+    cross: Literal["ssd", "add"] = "ssd"
+    fusion: Literal["static", "dynamic_shared", "dynamic_instance"] = "static"
+    temperature: float = 0.8
+    scaled_skip: bool = False
+    norm_eps: float = 1e-12
+
+    def __post_init__(self) -> None:
+        sizes = ("width", "layers", "ffn_width", "expand", "head_width", "state", "conv_width", "max_len")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.expand * self.width % self.head_width:
+            raise ValueError(f"expand * width is {self.expand * self.width}; it must be a multiple of head_width {self.head_width}.")
+        if self.groups is not None and (self.groups < 1 or self.heads % self.groups):
+            raise ValueError(f"groups is {self.groups}; it must divide the {self.heads} heads.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0.")
+        if self.filter_size is not None and not 1 <= self.filter_size <= self.frequencies:
+            raise ValueError(f"filter_size is {self.filter_size}; with max_len {self.max_len} it must be in 1..{self.frequencies}.")
+
+    @property
+    def heads(self) -> int:
+        return self.expand * self.width // self.head_width
+
+    @property
+    def frequencies(self) -> int:
+        return self.max_len // 2 + 1
+
+    @property
+    def streams(self) -> tuple[Modality, ...]:
+        return MODALITIES if self.modalities == "both" else (self.modalities,)
+
+    @property
+    def ssd(self) -> SSDConfig:
+        return SSDConfig(
+            width=self.width,
+            inner=self.expand * self.width,
+            head_width=self.head_width,
+            groups=self.groups or self.heads,
+            state=self.state,
+            conv_width=self.conv_width,
+            max_len=self.max_len,
+            dropout=self.dropout,
+            time=self.time,
+            scaled_skip=self.scaled_skip,
+            norm_eps=self.norm_eps,
+        )
+
+
+class TimeInput(nn.Module):
+    """Gaps between items -> the first time signal.
+
+    `log`: the logarithm of the gaps, dropped out, scaled and shifted by position; the padding is zero.
+    `layer_norm`: the published form, raw seconds dropped out and normalised over all T positions.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoding, self.heads = config.time_encoding, config.heads
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
+
+    def forward(self, gap_seconds: Tensor, real: Tensor) -> Tensor:
+        """gap_seconds and real [b, T] -> tau [b, H, T]."""
+        if self.encoding == "layer_norm":
+            tau = self.norm(self.dropout(gap_seconds))
+        else:
+            signal = self.dropout(torch.log1p(gap_seconds.clamp(min=0)) / LOG_GAP_UNIT)
+            tau = (signal * self.norm.weight + self.norm.bias) * real
+        return tau[:, None].expand(-1, self.heads, -1)
+
+
+class Layer(nn.Module):
+    """One layer of both streams; they share the time-aware SSD block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, eps = config.width, config.norm_eps
+        self.ssd = TimeSSD(config.ssd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.norm = nn.ModuleDict({stream: nn.LayerNorm(D, eps=eps) for stream in config.streams})
+        self.ffn = nn.ModuleDict({stream: FeedForward(D, config.ffn_width, config.dropout, eps) for stream in config.streams})
+        both = config.modalities == "both"
+        self.cross = CrossSSD(config.ssd) if both and config.cross == "ssd" else None
+        self.cross_norm = nn.LayerNorm(D, eps=eps) if both else None
+        filtered = self.cross is not None and config.time and config.filter
+        self.filter = FourierFilter(config.max_len, config.filter_size or config.frequencies) if filtered else None
+
+    def forward(self, streams: list[Tensor], taus: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
+        """streams [b, L, D] and taus [b, H, T], one a modality, text first -> the same for the next layer."""
+        count = len(streams)
+        mixed, tau = self.ssd(torch.cat(streams), None if taus is None else torch.cat(taus))
+        taus = None if tau is None else list(tau.chunk(count))
+        names = list(self.norm)
+        hidden = [
+            self.norm[name](self.dropout(part) + stream) for name, part, stream in zip(names, mixed.chunk(count), streams, strict=True)
+        ]
+        hidden[0] = self.ffn[names[0]](hidden[0])
+        if count == 2:
+            hidden[1] = self.ffn["image"](self._join(hidden[1], hidden[0], taus))
+        return hidden, taus
+
+    def _join(self, image: Tensor, text: Tensor, taus: list[Tensor] | None) -> Tensor:
+        assert self.cross_norm is not None
+        if self.cross is None:
+            return self.cross_norm(image + text)
+        tau = None
+        if taus is not None:
+            tau = taus[0] + taus[1] if self.filter is None else self.filter(taus[1], taus[0])
+        return self.cross_norm(self.dropout(self.cross(image, text, tau)) + image + text)
+
+
+class MMM4Rec(Recommender):
+    """The model of one or many domains; features come with each call, ids belong to the one domain of `n_items`."""
+
+    def __init__(self, config: ModelConfig, *, feature_dimensions: dict[Modality, int], n_items: int | None = None) -> None:
+        """Args: feature_dimensions: F a modality, without those that no domain has; n_items: I, for ids and per-item fusion."""
+        super().__init__()
+        self.config = config
+        per_item = config.ids or config.fusion == "dynamic_instance"
+        if per_item and n_items is None:
+            raise ValueError("ids and per-item fusion need the number of items of one domain; turn them off for several domains.")
+        D, eps, streams = config.width, config.norm_eps, config.streams
+        known = [stream for stream in streams if stream in feature_dimensions]
+        self.adapters = nn.ModuleDict({stream: nn.Linear(feature_dimensions[stream], D) for stream in known})
+        self.missing = nn.ParameterDict({stream: nn.Parameter(torch.empty(D)) for stream in streams})
+        self.ids = nn.ParameterDict({s: nn.Parameter(torch.zeros(n_items + 1, D)) for s in streams} if config.ids and n_items else {})
+        fusion_shape = {"static": None, "dynamic_shared": (2,), "dynamic_instance": (1 + (n_items or 0), 2)}[config.fusion]
+        fused = fusion_shape is not None and len(streams) == 2
+        self.fusion = nn.Parameter(torch.zeros(fusion_shape)) if fused and fusion_shape else None
+        self.input_norm = nn.ModuleDict({stream: nn.LayerNorm(D, eps=eps) for stream in streams})
+        self.dropout = nn.Dropout(config.dropout)
+        self.time_input = TimeInput(config) if config.time else None
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """The published start: linear layers N(0, 0.02) without bias; convolutions and scan as their blocks set them."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for vector in self.missing.values():
+            nn.init.normal_(vector, std=0.02)
+
+    def items(self, features: ItemFeatures, ids: Tensor | None = None) -> Catalogue:
+        """The vectors of all items 0..I, or of those in `ids` [n]."""
+        inputs: dict[str, Tensor] = {stream: self._item_inputs(stream, features, ids) for stream in self.config.streams}
+        unit = [F.normalize(vectors, dim=-1, eps=1e-12) for vectors in inputs.values()]
+        if self.fusion is None:
+            return Catalogue(inputs, sum(unit[1:], unit[0]))
+        logits = self.fusion if self.fusion.dim() == 1 or ids is None else self.fusion[ids]
+        weights = logits.softmax(-1)  # [2] or [n, 2], text first
+        return Catalogue(inputs, unit[0] * weights[..., :1] + unit[1] * weights[..., 1:])
+
+    def _item_inputs(self, stream: Modality, features: ItemFeatures, ids: Tensor | None) -> Tensor:
+        rows = features.n_items + 1 if ids is None else len(ids)
+        vectors = self.missing[stream].expand(rows, -1)  # [n, D]
+        if stream in features.vectors and stream in self.adapters:
+            raw, present = features.vectors[stream], features.present[stream]
+            raw, present = (raw, present) if ids is None else (raw[ids], present[ids])
+            vectors = torch.where(present[:, None], self.adapters[stream](raw), vectors)
+        if stream not in self.ids:
+            return vectors
+        table = self.ids[stream]
+        return vectors + (table if ids is None else F.embedding(ids, table))
+
+    def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
+        """User vectors [B, D] in the batch's order; the batch's items are rows of the catalogue."""
+        return torch.cat([self._group(group, catalogue) for group in batch.groups])
+
+    def _group(self, group: Group, catalogue: Catalogue) -> Tensor:
+        embedded = (F.embedding(group.items, table) for table in catalogue.inputs.values())  # [b, L, D]
+        names = self.config.streams
+        streams = [self.input_norm[name](self.dropout(x)) for name, x in zip(names, embedded, strict=True)]
+        taus = None
+        if self.time_input is not None:
+            if group.gap_seconds is None:
+                raise ValueError("the model reads time gaps and the domain has no timestamps; set model.time=false.")
+            taus = [self.time_input(group.gap_seconds.to(streams[0].dtype), group.real) for _ in names]
+        for layer in self.layers:
+            streams, taus = layer(streams, taus)
+        rows = torch.arange(len(group.lengths), device=group.lengths.device)
+        return streams[-1][rows, group.lengths - 1]  # [b, D]
+
+    def scores(self, users: Tensor, catalogue: Catalogue) -> Tensor:
+        """Logits [B, n] of every row of the catalogue for every user."""
+        return users @ catalogue.candidates.T / self.config.temperature

@@ -1,0 +1,288 @@
+"""RunConfig -> Run: the one place that assembles a run, and execute(), which keeps its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mmm4rec import __version__
+from mmm4rec.config import to_dict
+from mmm4rec.data.batches import DomainData
+from mmm4rec.data.domain import Domain, Split, open_domain, write_atomically
+from mmm4rec.data.features import ItemFeatures, Modality, load_features
+from mmm4rec.errors import BadInput
+from mmm4rec.models.baselines.last_item import LastItem
+from mmm4rec.models.baselines.popularity import Popularity
+from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
+from mmm4rec.models.recommender import Recommender
+from mmm4rec.tracking import JsonLinesTracker
+from mmm4rec.training import distributed
+from mmm4rec.training.checkpoint import Transfer, load_last, load_model, save_last, save_model, transfer
+from mmm4rec.training.evaluate import evaluate
+from mmm4rec.training.loop import EpochReport, Run, TrainingConfig, fit
+from mmm4rec.training.metrics import metrics
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which domains a run reads, and which of their examples."""
+
+    domains: tuple[str, ...]  # folders: one for fine-tuning, several for pre-training
+    examples: Literal["train", "all"] = "train"  # all: validation and test targets too, for pre-training on sources
+    heldout_users: float = 0.05  # with `all`: the share of users kept out of training; their last item is the validation
+    shuffle_features: int | None = None  # seed that deals the features out anew among the items: a control
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains is empty; name at least one folder.")
+        if not 0 < self.heldout_users < 1:
+            raise ValueError(f"heldout_users is {self.heldout_users}; it must be between 0 and 1.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that decides a run's numbers, with the code version."""
+
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
+    init: str | None = None  # best.safetensors to transfer from; None: from scratch
+    seed: int = 0
+    device: str = "auto"
+    test: bool = True  # evaluate the best weights on the test split at the end
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A run with what its files must say about it."""
+
+    run: Run
+    config: RunConfig  # resolved: time is off where a domain has no timestamps
+    domains: tuple[Domain, ...]
+    transfer: Transfer | None
+    metadata: dict[str, Any]  # for best.safetensors
+
+
+def assemble(config: RunConfig) -> Assembled:
+    """Open the domains, build the model under the seed, carry the initial weights over.
+
+    Raises BadInput when domains, features, config or initial weights do not fit together.
+    """
+    domains = tuple(open_domain(path) for path in config.data.domains)
+    config = resolve(config, domains)
+    device = choose_device(config.device)
+    features = [
+        load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains
+    ]
+    torch.manual_seed(config.seed)
+    model = _build_model(config, domains, features).to(device)
+    moved = None
+    if config.init is not None:
+        weights, metadata = load_model(config.init)
+        _check_encoders(metadata, features, domains, config.init)
+        moved = transfer(model, weights, source=config.init)
+    data = [_domain_data(config, domain, part) for domain, part in zip(domains, features, strict=True)]
+    run = Run(model, data, config.training, config.seed, device)
+    description = {
+        "config": to_dict(config),
+        "feature_dimensions": _shared_dimensions(features, domains),
+        "encoders": {modality: name for part in features for modality, name in part.encoders.items()},
+        "n_items": domains[0].n_items if len(domains) == 1 else None,
+        "fingerprints": {domain.name: domain.fingerprint for domain in domains},
+    }
+    return Assembled(run, config, domains, moved, description)
+
+
+def resolve(config: RunConfig, domains: tuple[Domain, ...]) -> RunConfig:
+    """The config as it can be run: time off without timestamps, ids off over several domains, no epochs without training."""
+    model, training = config.model, config.training
+    untimed = [domain.name for domain in domains if domain.timestamps is None]
+    if model.time and untimed and config.recommender == "mmm4rec":
+        log.warning("domain %s has no timestamps: model.time is turned off, and with it the Fourier filter", ", ".join(untimed))
+    if untimed:
+        model = replace(model, time=False)
+    if len(domains) > 1 and model.ids:
+        model = replace(model, ids=False)
+    if config.recommender != "mmm4rec":
+        training = replace(training, epochs=0, report_untrained=True)
+    return replace(config, model=model, training=training)
+
+
+def execute(
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    on_start: Callable[[Assembled], None] = lambda assembled: None,
+) -> Generator[EpochReport, None, dict[str, Any]]:
+    """Run fit() and keep its files in `out`; they are complete before each report is yielded.
+
+    Writes last.ckpt, best.safetensors and curve.jsonl after every epoch, result.json and ranks.parquet at
+    the end, and returns the result. With `resume` it continues from last.ckpt where there is one, and does
+    nothing where the run has ended. Closing the generator leaves the files for a later resume.
+    In a distributed run worker 0 writes. Raises BadInput when `out` holds a run and `resume` is off.
+    """
+    out = Path(out)
+    result_file, last_file = out / "result.json", out / "last.ckpt"
+    if not resume and (result_file.exists() or last_file.exists()):
+        raise BadInput("holds a run already.", file=out, remedy="Choose another folder, or continue it with --resume.")
+    if result_file.exists():
+        return json.loads(result_file.read_text(encoding="utf-8"))
+    started = time.perf_counter()
+    assembled = assemble(config)
+    run, saved_config = assembled.run, to_dict(assembled.config)
+    out.mkdir(parents=True, exist_ok=True)
+    tracker = JsonLinesTracker(out / "curve.jsonl")
+    if resume and last_file.exists():
+        load_last(last_file, run, saved_config)
+        tracker.log(run.state.history)
+    on_start(assembled)
+    for report in fit(run):
+        if distributed.rank() == 0:
+            if report.best_epoch == report.epoch:
+                save_model(out / "best.safetensors", run.state.best_weights, assembled.metadata)
+            save_last(last_file, run, saved_config)
+            tracker.log(run.state.history)
+        yield report
+    return _finish(assembled, out, time.perf_counter() - started)
+
+
+def _finish(assembled: Assembled, out: Path, seconds: float) -> dict[str, Any]:
+    """Rank with the best weights, write ranks.parquet and result.json, return the result."""
+    run, config, state = assembled.run, assembled.config, assembled.run.state
+    run.model.load_state_dict(state.best_weights)
+    splits: tuple[Split, ...] = ("valid", "test") if config.test and config.data.examples == "train" else ("valid",)
+    tables = [_ranks(run, data, split) for split in splits for data in run.data]
+    best = state.history[state.best_epoch - state.history[0].epoch]
+    result: dict[str, Any] = {
+        "schema_version": 1,
+        "best_epoch": state.best_epoch,
+        "epochs": state.history[-1].epoch,
+        "optimizer_steps": state.optimizer_steps,
+        "best_optimizer_steps": best.optimizer_steps,
+        "valid": best.valid,
+    }
+    if "test" in splits:
+        result["test"] = metrics(pd.concat(table for table in tables if table["split"].iloc[0] == "test")["rank"].to_numpy())
+    if distributed.rank() == 0:
+        fingerprints = assembled.metadata["fingerprints"]
+        result |= {
+            "config": to_dict(config),
+            "fingerprint": next(iter(fingerprints.values())) if len(fingerprints) == 1 else fingerprints,
+            "seed": config.seed,
+            "code_version": code_version(),
+            "checkpoint": save_model(out / "best.safetensors", state.best_weights, assembled.metadata),
+            "transfer": None if assembled.transfer is None else to_dict(assembled.transfer),
+            "device": _device_name(run.device),
+            "seconds": seconds,
+            "train_seconds": sum(report.train_seconds for report in state.history),
+            "valid_seconds": sum(report.valid_seconds for report in state.history),
+            "peak_memory_bytes": _peak_memory_bytes(run.device),
+        }
+        pd.concat(tables).to_parquet(out / "ranks.parquet", index=False)
+        write_atomically(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+def _ranks(run: Run, data: DomainData, split: Split) -> pd.DataFrame:
+    users, ends = data.valid if split == "valid" else data.domain.examples(split)
+    rank = evaluate(run.model, data, users, ends, run.device)
+    return pd.DataFrame({"domain": data.domain.name, "split": split, "user": users, "rank": rank})
+
+
+def _domain_data(config: RunConfig, domain: Domain, features: ItemFeatures) -> DomainData:
+    if config.data.examples == "train":
+        train, valid = domain.examples("train"), domain.examples("valid")
+    else:
+        everyone = np.random.default_rng(config.seed).permutation(domain.n_users)
+        count = max(1, round(config.data.heldout_users * domain.n_users))
+        train, valid = domain.examples("all", np.sort(everyone[count:])), domain.examples("test", np.sort(everyone[:count]))
+    return DomainData(domain, features, train, valid, config.model.max_len, config.model.time)
+
+
+def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:
+    if config.recommender == "popularity":
+        return Popularity(domains[0])
+    if config.recommender == "last_item":
+        if not features[0].vectors:
+            raise BadInput(f"domain '{domains[0].name}' has no features.", file=domains[0].path, remedy="Run: mmm4rec encode DOMAIN")
+        return LastItem()
+    if not config.model.ids and not any(part.vectors for part in features):
+        rule = f"no domain has {' or '.join(config.model.streams)} features, and ids are off: there is nothing to learn from."
+        raise BadInput(rule, file=domains[0].path, remedy="Run: mmm4rec encode DOMAIN")
+    n_items = domains[0].n_items if len(domains) == 1 else None
+    return MMM4Rec(config.model, feature_dimensions=_shared_dimensions(features, domains), n_items=n_items)
+
+
+def _shared_dimensions(features: list[ItemFeatures], domains: tuple[Domain, ...]) -> dict[Modality, int]:
+    """F of each modality that some domain has. Raises BadInput when domains differ in it or in the encoder."""
+    seen: dict[Modality, tuple[int, str, Domain]] = {}
+    for part, domain in zip(features, domains, strict=True):
+        for modality, dimension in part.dimensions.items():
+            first = seen.setdefault(modality, (dimension, part.encoders[modality], domain))
+            if first[:2] != (dimension, part.encoders[modality]):
+                rule = f"has {modality} features of {part.encoders[modality]}; domain '{first[2].name}' has {first[1]}."
+                raise BadInput(rule, file=domain.path, remedy="Encode all domains of a run with one encoder.")
+    return {modality: dimension for modality, (dimension, _, _) in seen.items()}
+
+
+def _check_encoders(metadata: dict[str, Any], features: list[ItemFeatures], domains: tuple[Domain, ...], source: str) -> None:
+    for part, domain in zip(features, domains, strict=True):
+        for modality, encoder in part.encoders.items():
+            expected = metadata.get("encoders", {}).get(modality, encoder)
+            if encoder != expected:
+                rule = f"was trained on {modality} features of {expected}; domain '{domain.name}' has {encoder}."
+                raise BadInput(rule, file=source, remedy=f"Re-run: mmm4rec encode {domain.path} with that encoder.")
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise BadInput(f"device is '{name}' ({error}).", remedy="Use auto, cpu or cuda.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(f"device is '{name}' and this machine has no usable CUDA GPU.", remedy="Use device=cpu or auto.")
+    return device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """The most memory so far: of the GPU where there is one, of this process otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":
+        return 0
+    import resource  # noqa: PLC0415 (POSIX only)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@cache
+def code_version() -> str:
+    """The package's version and a hash of its source, so that an uncommitted change shows too."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:10]}"

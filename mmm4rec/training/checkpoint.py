@@ -1,0 +1,142 @@
+"""The files that hold weights: `last.ckpt` to continue a run, `best.safetensors` to use or transfer a model.
+
+Neither executes anything when it is opened: `last.ckpt` holds tensors and plain data (weights_only=True).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from mmm4rec.config import from_dict, to_dict
+from mmm4rec.data.domain import write_atomically
+from mmm4rec.errors import BadInput
+from mmm4rec.models.recommender import Recommender
+from mmm4rec.training.loop import EpochReport, Run, RunState
+
+SCHEMA_VERSION = 1
+PER_ITEM = ("ids.", "fusion")  # belong to one domain's items
+
+
+def save_last(path: Path, run: Run, config: dict[str, Any]) -> None:
+    """Write all that the run needs to continue, in one atomic move."""
+    state = run.state
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "config": json.dumps(config),
+        "model": run.model.state_dict(),
+        "optimizer": {} if run.optimizer is None else run.optimizer.state_dict(),
+        "best_weights": state.best_weights,
+        "optimizer_steps": state.optimizer_steps,
+        "best_score": state.best_score,
+        "best_epoch": state.best_epoch,
+        "history": [to_dict(report) for report in state.history],
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load_last(path: Path, run: Run, config: dict[str, Any]) -> None:
+    """Put the run where `save_last` left it. Raises BadInput when the file is broken or of another config."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved_config = json.loads(content["config"])
+    except Exception as error:  # torch.load raises many kinds; all mean that this is no checkpoint of ours
+        raise BadInput(f"is no checkpoint of a run ({error}).", file=path, remedy="Start the run anew in another folder.") from error
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise BadInput(
+            f"has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}.", file=path, remedy="Start anew."
+        )
+    if saved_config != config:
+        changed = ", ".join(_differences(saved_config, config))
+        raise BadInput(f"belongs to a run with another config ({changed}).", file=path, remedy="Resume with the config it began with.")
+    run.model.load_state_dict(content["model"])
+    if run.optimizer is not None:
+        run.optimizer.load_state_dict(content["optimizer"])
+    history = [from_dict(EpochReport, report, source=str(path)) for report in content["history"]]
+    run.state = RunState(content["optimizer_steps"], content["best_score"], content["best_epoch"], content["best_weights"], history)
+
+
+def save_model(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    """Write weights with their description in one file; returns the hash of its content."""
+    text = {"schema_version": str(SCHEMA_VERSION), **{name: json.dumps(value) for name, value in metadata.items()}}
+    content = save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=text)
+    write_atomically(path, content)
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of a `best.safetensors`. Raises BadInput when it is missing or not one of ours."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            text = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        metadata = {name: json.loads(value) for name, value in text.items()}
+        version = metadata["schema_version"]
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise BadInput(f"is no model of ours ({error}).", file=path, remedy="Give the best.safetensors of a run.") from error
+    if version != SCHEMA_VERSION:
+        raise BadInput(f"has schema_version {version}; this version reads {SCHEMA_VERSION}.", file=path, remedy="Train it anew.")
+    return weights, metadata
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What became of each tensor when weights were carried into a model."""
+
+    loaded: list[str] = field(default_factory=list)
+    partly_loaded: list[str] = field(default_factory=list)  # the matching block of a Fourier filter of another size
+    reset: list[str] = field(default_factory=list)  # in both, but belongs to the old domain's items
+    skipped: list[str] = field(default_factory=list)  # in the checkpoint, not in the model
+    new: list[str] = field(default_factory=list)  # in the model, not in the checkpoint
+
+    def __str__(self) -> str:
+        parts = (f"{len(names)} {kind.replace('_', ' ')}" for kind, names in vars(self).items())
+        dropped = f"; skipped: {', '.join(self.skipped)}" if self.skipped else ""
+        return f"transfer: {', '.join(parts)}{dropped}"
+
+
+@torch.no_grad()
+def transfer(model: Recommender, weights: dict[str, Tensor], *, source: str | Path) -> Transfer:
+    """Carry weights into a model of a new domain: all but what belongs to single items.
+
+    A Fourier filter of another size takes the block of the frequencies that both have.
+    Raises BadInput when any other tensor has another shape.
+    """
+    result = Transfer()
+    own = dict(model.named_parameters())
+    for name, parameter in own.items():
+        given = weights.get(name)
+        if name.startswith(PER_ITEM):
+            (result.new if given is None else result.reset).append(name)
+        elif given is None:
+            result.new.append(name)
+        elif given.shape == parameter.shape:
+            parameter.copy_(given)
+            result.loaded.append(name)
+        elif ".filter." in name:
+            block = tuple(slice(min(a, b)) for a, b in zip(given.shape, parameter.shape, strict=True))
+            parameter[block] = given[block].to(parameter)
+            result.partly_loaded.append(name)
+        else:
+            rule = f"'{name}' is {list(given.shape)} there and {list(parameter.shape)} here."
+            raise BadInput(rule, file=source, remedy="Use the model sizes and the feature encoder that it was trained with.")
+    result.skipped.extend(sorted(set(weights) - set(own)))
+    return result
+
+
+def _differences(a: Any, b: Any, place: str = "") -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted(set(a) | set(b))
+        return [found for key in keys for found in _differences(a.get(key), b.get(key), f"{place}.{key}".lstrip("."))]
+    return [] if a == b else [f"{place}: {a!r} -> {b!r}"]

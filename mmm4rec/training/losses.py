@@ -1,0 +1,30 @@
+"""The losses: plain cross-entropy, over the whole catalogue or over the targets of the micro-batch.
+
+Dimensions: B examples, I items (column 0 is padding), n candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def full_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the examples of the cross-entropy over items 1..I. scores [B, I + 1], targets [B] in 1..I.
+
+    Padding is no class (the published code makes it one; its gradient then explodes at the start).
+    """
+    return F.cross_entropy(scores[:, 1:], targets - 1, reduction="sum")
+
+
+def in_batch_cross_entropy(scores: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+    """Sum over the examples of the cross-entropy over the targets of the whole micro-batch.
+
+    scores [B, n] over the distinct targets of the micro-batch, targets [B] their columns, counts [n] how
+    many examples of the micro-batch have that target. An item counts as often as it is a target, but
+    never as a negative of itself (the published code keeps those duplicates).
+    """
+    weight = torch.log(counts.to(scores.dtype))  # [n]
+    own = F.one_hot(targets, len(counts)).to(torch.bool)
+    return F.cross_entropy(scores + torch.where(own, 0.0, weight), targets, reduction="sum")

@@ -1,0 +1,30 @@
+"""Full-ranking metrics from ranks. The rank of a target = 1 + candidates that score higher + half of the ties."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CUTOFFS = (10, 20, 50)
+
+
+def ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """Ranks [B] of the targets among items 1..I. scores [B, I + 1], column 0 is padding and never ranked."""
+    candidates = scores[:, 1:]
+    target = scores.gather(1, targets[:, None])  # [B, 1]
+    higher = (candidates > target).sum(1)
+    ties = (candidates == target).sum(1) - 1
+    return 1 + higher + ties.to(torch.float64) / 2
+
+
+def metrics(rank: np.ndarray) -> dict[str, float]:
+    """Means over the users of hit@k, ndcg@k (one relevant item) and mrr. rank [users], from 1."""
+    found = {k: rank <= k for k in CUTOFFS}
+    gain = 1 / np.log2(rank + 1)
+    result = {f"hit@{k}": float(found[k].mean()) for k in CUTOFFS}
+    result |= {f"ndcg@{k}": float((gain * found[k]).mean()) for k in CUTOFFS}
+    return result | {"mrr": float((1 / rank).mean())}
+
+
+METRIC_NAMES = tuple(metrics(np.ones(1)))
