@@ -1,0 +1,288 @@
+"""A study's spec: the dataclasses of its YAML file, and the cells that it spans.
+
+    study: demo                     # the name of the folder under --out
+    domains: {demo: true}           # or {prepare: {name: folder under --data}, text_encoder: {...}}
+    pretrain: {sources: [...], training: {...}, workers: 2}     # or {checkpoint: path}
+    model: {width: 64}              # what every run starts from, pre-training too
+    training: {batch_size: 256}     # what every cell starts from
+    space: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}
+    arms: {pretrained: {init: pretrained}, text_only: {init: pretrained, model: {modalities: text}}}
+    cells: [{domains: [...], arms: [...]}]
+    budget: {search_trials: 6, epochs: 20}
+
+An arm is never a dimension of the search: every cell is searched alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mmm4rec.config import from_dict, load_yaml, merge
+from mmm4rec.errors import BadInput
+
+SPECS = Path(__file__).parent / "specs"
+FILTER_SIZE = "model.filter_size"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One dimension of a search space: a range of floats, or choices."""
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] | None = None
+
+    def __post_init__(self) -> None:
+        ranged = self.low is not None and self.high is not None
+        if ranged == (self.choices is not None):
+            raise ValueError("needs either low and high, or choices.")
+        if ranged and not (self.low < self.high and (self.low > 0 or not self.log)):  # type: ignore[operator]
+            raise ValueError(f"runs from {self.low} to {self.high}; it must rise, and start above 0 where log is on.")
+
+    def ends(self) -> tuple[Any, ...]:
+        """Values that must all be allowed: the bounds, or every choice."""
+        return (self.low, self.high) if self.choices is None else self.choices
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """An encoder fitted on some prepared domains and applied to others, which get a text feature table."""
+
+    fit_on: tuple[str, ...]
+    domains: tuple[str, ...]
+    kind: Literal["lexical"] = "lexical"
+    dimensions: int = 256
+
+
+@dataclass(frozen=True)
+class Domains:
+    """Where the domains come from."""
+
+    demo: bool = False
+    prepare: dict[str, str] = field(default_factory=dict)  # name: folder under --data
+    text_encoder: TextEncoder | None = None
+
+    def __post_init__(self) -> None:
+        if self.demo == bool(self.prepare):
+            raise ValueError("needs either `demo: true` or `prepare`.")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """One pre-training on all sources, or the checkpoint of an earlier one."""
+
+    sources: tuple[str, ...] = ()
+    checkpoint: str | None = None
+    model: dict[str, Any] = field(default_factory=dict)  # on top of the study's model
+    training: dict[str, Any] = field(default_factory=dict)
+    workers: int = 1
+    max_failures: int = 2  # restarts from the last checkpoint
+
+    def __post_init__(self) -> None:
+        if bool(self.sources) == (self.checkpoint is not None):
+            raise ValueError("needs either sources or checkpoint.")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A treatment: what it changes in the study's run."""
+
+    init: Literal["pretrained", "scratch"] = "scratch"
+    recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
+    shuffle_features: bool = False  # deal the items' features out anew, by the trial's seed
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Parameter | None] = field(default_factory=dict)  # over the study's space; null takes one away
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells: each of these domains with each of these arms."""
+
+    domains: tuple[str, ...]
+    arms: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each cell may use."""
+
+    search_trials: int = 8
+    epochs: int = 100
+    grace_epochs: int = 2  # ASHA: the first rung; each next one is `reduction` times as far
+    reduction: int = 3
+    confirm_seeds: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.search_trials <= 10_000 or self.epochs < 1 or self.confirm_seeds < 1:
+            raise ValueError("needs search_trials within 1..10000, epochs and confirm_seeds of at least 1.")
+        if self.grace_epochs < 1 or self.reduction < 2:
+            raise ValueError("needs grace_epochs of at least 1 and a reduction of at least 2.")
+
+    def rungs(self) -> tuple[int, ...]:
+        """The epochs at which a search trial may be pruned."""
+        rungs, epoch = [], self.grace_epochs
+        while epoch < self.epochs:
+            rungs.append(epoch)
+            epoch *= self.reduction
+        return tuple(rungs)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How many trials run at once, and what each takes."""
+
+    concurrent: int = 2
+    cpus: int = 1
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A study, as its file says it."""
+
+    study: str
+    domains: Domains
+    arms: dict[str, Arm]
+    cells: tuple[Group, ...]
+    seed: int = 0
+    pretrain: Pretrain | None = None
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    space: dict[str, Parameter] = field(default_factory=dict)
+    budget: Budget = Budget()
+    resources: Resources = Resources()
+
+    def __post_init__(self) -> None:
+        pairs = [(domain, arm) for group in self.cells for domain in group.domains for arm in group.arms]
+        unknown = sorted({arm for _, arm in pairs} - set(self.arms))
+        if unknown:
+            raise ValueError(f"cells name the unknown arm {', '.join(unknown)}; arms: {', '.join(self.arms)}.")
+        if len(set(pairs)) != len(pairs) or not pairs:
+            raise ValueError("cells must name at least one domain × arm, and none twice.")
+        if "epochs" in self.training:
+            raise ValueError("training.epochs is the budget's: write budget.epochs.")
+        if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
+            raise ValueError("has pretrained arms and no `pretrain`.")
+        if not self.study or Path(self.study).name != self.study:
+            raise ValueError(f"study is '{self.study}'; it names a folder.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a cell needs to know of a prepared domain."""
+
+    path: str
+    fingerprint: str
+    has_timestamps: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Domain × arm: what all its trials share. `run` is a RunConfig's plain data without domains, seed and init."""
+
+    domain: str
+    arm: str
+    source: Source
+    init: Literal["pretrained", "scratch"]
+    shuffle_features: bool
+    run: dict[str, Any]
+    space: dict[str, Parameter]
+    metric: str  # of validation; higher is better
+    search_trials: int
+    confirm_seeds: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}/{self.arm}"
+
+    def trial_key(self, config: Mapping[str, Any], seed: int, phase: str) -> str:
+        """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out."""
+        told = [self.name, self.source.fingerprint, self.init, self.shuffle_features, self.run, dict(config), seed, phase]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_spec(name_or_path: str) -> Spec:
+    """The spec in a file, or of that name among the specs that come with the package. Raises BadInput."""
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = SPECS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in SPECS.glob("*.yaml")))
+        raise BadInput(f"no spec '{name_or_path}'.", remedy=f"Give the path of a YAML file, or one of these names: {known}.")
+    return from_dict(Spec, load_yaml(path), source=str(path))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every command on a study is told: --spec, --data, --out."""
+    parser.add_argument("--spec", default="demo", help="a spec's name (among studies/specs) or the path of a YAML file; default: demo")
+    parser.add_argument("--data", type=Path, help="holds the raw folders that the spec prepares")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="gets a folder of the study's name; default: results")
+
+
+def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
+    """The study's cells in the spec's order, and warnings about time that had to be turned off.
+
+    Raises BadInput where a domain is unknown, or an arm searches a filter size that it has no filter for.
+    """
+    pairs = [(domain, arm) for group in spec.cells for domain in group.domains for arm in group.arms]
+    unknown = sorted({domain for domain, _ in pairs} - set(sources))
+    if unknown:
+        raise BadInput(f"study '{spec.study}' names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
+    cells = tuple(_build_cell(spec, domain, arm, sources[domain]) for domain, arm in pairs)
+    timeless = sorted({domain for domain, _ in pairs if not sources[domain].has_timestamps})
+    warnings = tuple(
+        f"domain '{domain}' has no timestamps: time is off in its cells, and filter_size is not searched." for domain in timeless
+    )
+    return cells, warnings
+
+
+def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
+    arm, budget = spec.arms[arm_name], spec.budget
+    trained = arm.recommender == "mmm4rec"
+    model = merge(spec.model, arm.model)
+    if not source.has_timestamps:
+        model["time"] = False
+    training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
+    space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
+    if not (model.get("time", True) and model.get("filter", True)):
+        if arm.space.get(FILTER_SIZE) is not None:
+            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{domain}/{arm_name}' has no Fourier filter (time or filter is off)."
+            raise BadInput(rule, remedy="Take it out of the arm's space.")
+        space.pop(FILTER_SIZE, None)
+        model.pop("filter_size", None)
+    return Cell(
+        domain=domain,
+        arm=arm_name,
+        source=source,
+        init=arm.init,
+        shuffle_features=arm.shuffle_features,
+        run={
+            "recommender": arm.recommender,
+            "model": model,
+            "training": training,
+            "device": "cuda" if spec.resources.gpus else "cpu",
+        },
+        space=space if trained else {},
+        metric=training.get("valid_metric", "ndcg@10"),
+        search_trials=budget.search_trials if space and trained else 0,
+        confirm_seeds=budget.confirm_seeds if trained else 1,  # the others draw nothing at random
+    )
+
+
+def nested(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"model.dropout": 0.2} as {"model": {"dropout": 0.2}}."""
+    result: dict[str, Any] = {}
+    for name, value in config.items():
+        tree = value
+        for key in reversed(name.split(".")):
+            tree = {key: tree}
+        result = merge(result, tree)
+    return result

@@ -1,0 +1,203 @@
+"""A study's tables, from its tracked runs alone.
+
+    python studies/tables.py results/demo
+
+Writes `tables/main.*` (test metrics of every cell) and `tables/transfer.*` (pre-trained against scratch) as CSV,
+Markdown and LaTeX, and `figures/convergence.*`. Only confirm trials are read: mean and sample standard deviation
+over their seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+if __package__ in (None, ""):  # run as a file: the repository's root, not studies/, belongs on the path
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from mmm4rec.errors import BadInput
+from studies.figures import convergence
+from studies.tracked import METRICS, TrackedCell, TrackedTrial, read_study
+
+SHARES = (0.25, 0.5, 1.0)  # of scratch's steps to its best: where both are compared at equal steps
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number over seeds."""
+
+    values: tuple[float, ...]
+    digits: int = 4
+    at_least: bool = False  # a bound: in some seed the event did not come
+    best: bool = False
+
+    def text(self) -> str:
+        """`0.1234 ± 0.0056`; without seeds `-`, with one no spread."""
+        if not self.values:
+            return "-"
+        spread = f" ± {stdev(self.values):.{self.digits}f}" if len(self.values) > 1 else ""
+        return f"{'≥ ' if self.at_least else ''}{mean(self.values):.{self.digits}f}{spread}"
+
+
+Entry = str | int | Figure
+
+
+@dataclass(frozen=True)
+class Table:
+    """Column names and rows; written three ways."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Entry, ...], ...]
+
+    def to_csv(self) -> str:
+        """Every figure as two columns, its mean and its sd, at full precision."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        figures = [any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))]
+        writer.writerow([name for column, wide in zip(self.columns, figures, strict=True) for name in _csv_names(column, wide)])
+        for row in self.rows:
+            writer.writerow([value for entry in row for value in _csv_values(entry)])
+        return out.getvalue()
+
+    def to_markdown(self) -> str:
+        texts = [[_bold(entry, "**{}**") for entry in row] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(self.columns, *texts, strict=True)]
+        lines = [self.columns, ["-" * width for width in widths], *texts]
+        return "".join(f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))} |\n" for line in lines)
+
+    def to_latex(self) -> str:
+        """A booktabs tabular; a rule stands between domains."""
+        lines = [rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}", r"\toprule", _latex_row(map(_latex, self.columns)), r"\midrule"]
+        for before, row in zip([None, *self.rows], self.rows, strict=False):
+            lines += [r"\midrule"] * (before is not None and before[0] != row[0])
+            lines.append(_latex_row(_bold(entry, r"\textbf{{{}}}", _latex) for entry in row))
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def main_table(cells: Sequence[TrackedCell]) -> Table:
+    """Domain × arm: test metrics, epochs and optimizer steps to the best epoch, budget. The best mean of a domain is marked."""
+    columns = ("domain", "arm", "seeds", *METRICS, "epochs to best", "steps to best", "search trials", "epoch budget")
+    means = {(cell.name, name): mean(t.test[name] for t in cell.trials) for cell in cells for name in METRICS if cell.trials}
+    rows: list[tuple[Entry, ...]] = []
+    for cell in cells:
+        rivals = [other.name for other in cells if other.domain == cell.domain and other.trials]
+        figures = []
+        for name in METRICS:
+            best = bool(cell.trials) and means[cell.name, name] == max(means[rival, name] for rival in rivals)
+            figures.append(Figure(tuple(trial.test[name] for trial in cell.trials), best=best))
+        epochs = Figure(tuple(trial.best_epoch for trial in cell.trials), digits=1)
+        steps = Figure(tuple(trial.best_steps for trial in cell.trials), digits=0)
+        rows.append((cell.domain, cell.arm, len(cell.trials), *figures, epochs, steps, cell.search_trials, cell.epochs))
+    return Table(columns, tuple(rows))
+
+
+def transfer_table(cells: Sequence[TrackedCell]) -> Table:
+    """Pairs of arms that differ in nothing but init, seed by seed.
+
+    Validation NDCG@10 "at equal steps" is the best until then (what early stopping would keep), at shares of the
+    steps that scratch of the same seed took to its best. "Steps to scratch's best" counts the optimizer steps until
+    an arm's validation NDCG@10 is no lower than scratch's best; where a seed never gets there its last step stands
+    in, the mean is a bound (≥), and `reached` says how many seeds did.
+    """
+    at_steps = tuple(f"valid ndcg@10 at {share:.0%} of steps" for share in SHARES)
+    columns = ("domain", "arm", "seeds", "test ndcg@10", "best valid ndcg@10", *at_steps, "steps to scratch's best", "reached")
+    rows: list[tuple[Entry, ...]] = []
+    for scratch in cells:
+        for pretrained in cells:
+            same = (scratch.domain, scratch.besides_init) == (pretrained.domain, pretrained.besides_init)
+            if same and (scratch.init, pretrained.init) == ("scratch", "pretrained"):
+                rows += [_transfer_row(scratch, scratch), _transfer_row(pretrained, scratch)]
+    return Table(columns, tuple(rows))
+
+
+def _transfer_row(cell: TrackedCell, scratch: TrackedCell) -> tuple[Entry, ...]:
+    by_seed = {trial.seed: trial for trial in cell.trials}
+    pairs = [(by_seed[rival.seed], rival) for rival in scratch.trials if rival.seed in by_seed]
+    at_steps = [Figure(tuple(v for t, rival in pairs if (v := _best_until(t, share * rival.best_steps)) is not None)) for share in SHARES]
+    arrivals = [_arrival(trial, rival.best_valid) for trial, rival in pairs]
+    last = [trial.curve[-1][0] for trial, _ in pairs]
+    steps = tuple(end if steps is None else steps for steps, end in zip(arrivals, last, strict=True))
+    reached = sum(arrival is not None for arrival in arrivals)
+    return (
+        cell.domain,
+        cell.arm,
+        len(pairs),
+        Figure(tuple(trial.test["ndcg@10"] for trial, _ in pairs)),
+        Figure(tuple(trial.best_valid for trial, _ in pairs)),
+        *at_steps,
+        Figure(steps, digits=0, at_least=reached < len(pairs)),
+        f"{reached}/{len(pairs)}",
+    )
+
+
+def _best_until(trial: TrackedTrial, steps: float) -> float | None:
+    return max((value for step, value in trial.curve if step <= steps), default=None)
+
+
+def _arrival(trial: TrackedTrial, value: float) -> int | None:
+    return next((step for step, reached in trial.curve if reached >= value), None)
+
+
+def write_tables(folder: Path) -> Table:
+    """Write the study's tables and figures, and give the main table. Raises BadInput as `read_study`."""
+    cells = read_study(folder)
+    main = main_table(cells)
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, table in (("main", main), ("transfer", transfer_table(cells))):
+        if table.rows:
+            for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
+                (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+    convergence(cells, folder / "figures")
+    return main
+
+
+def _csv_names(column: str, wide: bool) -> list[str]:
+    return [f"{column} mean", f"{column} sd"] if wide else [column]
+
+
+def _csv_values(entry: Entry) -> list[object]:
+    if not isinstance(entry, Figure):
+        return [entry]
+    return [mean(entry.values) if entry.values else "", stdev(entry.values) if len(entry.values) > 1 else ""]
+
+
+def _bold(entry: Entry, bold: str, escape: type[str] | object = str) -> str:
+    text = entry.text() if isinstance(entry, Figure) else str(entry)
+    text = _latex(text) if escape is _latex else text
+    return bold.format(text) if isinstance(entry, Figure) and entry.best else text
+
+
+def _latex(text: str) -> str:
+    for sign, command in (("\\", r"\textbackslash{}"), ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("#", r"\#")):
+        text = text.replace(sign, command)
+    return text.replace("±", r"$\pm$").replace("≥", r"$\geq$")
+
+
+def _latex_row(entries: Iterable[str]) -> str:
+    return " & ".join(entries) + r" \\"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        description="Write a study's tables and figures from its tracked runs.", epilog="Example: python studies/tables.py results/demo"
+    )
+    parser.add_argument("folder", type=Path, help="the study's folder, with its mlflow.db")
+    try:
+        folder = parser.parse_args(arguments).folder
+        print(write_tables(folder).to_markdown())
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Tables: {folder / 'tables'}. Figures: {folder / 'figures'}.")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
