@@ -164,7 +164,7 @@ def test_item_text_is_title_brand_category_description() -> None:
 def test_items_without_metadata_have_no_text_and_are_counted(tmp_path: Path) -> None:
     meta: list[dict[str, Any]] = [
         {"asin": "i0", "title": "Kite", "imageURL": ["x"]},
-        {"asin": "i1"},
+        {"asin": "i1", "title": "var t = new Date().getTime()"},
         {"asin": "other", "title": "Not here"},
     ]
     domain = prepare(write_amazon(tmp_path / "raw", GRID, meta), tmp_path / "out")
