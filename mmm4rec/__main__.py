@@ -76,7 +76,7 @@ def train_command(args: argparse.Namespace) -> None:
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    from mmm4rec.run import open_model
+    from mmm4rec.inference import open_model
     from mmm4rec.training.evaluate import evaluate
     from mmm4rec.training.metrics import metrics
 
@@ -87,7 +87,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
 
 def recommend_command(args: argparse.Namespace) -> None:
-    from mmm4rec.run import open_model, recommend
+    from mmm4rec.inference import open_model, recommend
 
     model, data, device = open_model(args.model, args.domain, device=args.device)
     for line in recommend(model, data, device, users=args.user, top=args.top):

@@ -59,15 +59,16 @@ class Batch:
         return ids, replace(self, groups=groups, targets=targets)
 
 
-def make_batch(domain: Domain, users: np.ndarray, ends: np.ndarray, *, max_len: int, time: bool) -> Batch:
+def make_batch(domain: Domain, users: np.ndarray, ends: np.ndarray, *, max_len: int, time: bool, with_targets: bool = True) -> Batch:
     """The batch of the examples (users[k], ends[k]): inputs are the last max_len items before `end`.
 
-    Examples are put in the order of their length (ties keep their order).
+    Examples are put in the order of their length (ties keep their order). Without targets (a whole
+    history has none) they are 0.
     """
     lengths = np.minimum(ends, max_len)
     order = np.argsort(lengths, kind="stable")
     users, ends, lengths = users[order], ends[order], lengths[order]
-    targets = domain.items[domain.offsets[users] + ends]
+    targets = domain.items[domain.offsets[users] + ends] if with_targets else np.zeros(len(users))
     bounds = np.searchsorted(lengths, (0, *GROUP_LENGTHS, max_len), side="right")
     groups = tuple(
         _make_group(domain, users[low:high], ends[low:high], lengths[low:high], max_len=max_len, time=time)
@@ -109,7 +110,12 @@ class DomainData:
     time: bool
 
     def batch(self, users: np.ndarray, ends: np.ndarray) -> Batch:
+        """The examples (users[k], ends[k]) with their targets."""
         return make_batch(self.domain, users, ends, max_len=self.max_len, time=self.time)
+
+    def inputs(self, users: np.ndarray, ends: np.ndarray) -> Batch:
+        """The examples without targets, so that `end` may be the length of the history."""
+        return make_batch(self.domain, users, ends, max_len=self.max_len, time=self.time, with_targets=False)
 
 
 @dataclass(frozen=True)

@@ -188,12 +188,15 @@ def fingerprint(
 
 
 @contextmanager
-def new_folder(out: str | Path, *, force: bool) -> Iterator[Path]:
+def new_folder(out: str | Path, *, force: bool, marker: str = "domain.json") -> Iterator[Path]:
     """Give a temporary folder beside `out` that takes its name when the block ends well.
 
-    Raises BadInput when `out` exists and `force` is off. When the block raises, nothing is left behind.
+    Raises BadInput when `out` exists and `force` is off, or when it is not what `force` may replace: a
+    folder that holds the file `marker`. When the block raises, nothing is left behind.
     """
     out = Path(out)
+    if out.exists() and force and not (out / marker).is_file():
+        raise BadInput(f"is not replaced: it holds no {marker}.", file=out, remedy="Choose another folder.")
     if out.exists() and not force:
         raise BadInput("exists already.", file=out, remedy="Choose another folder, or replace it with --force.")
     out.parent.mkdir(parents=True, exist_ok=True)

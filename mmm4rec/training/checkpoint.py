@@ -69,8 +69,9 @@ def load_last(path: Path, run: Run, config: dict[str, Any]) -> None:
 
 def save_model(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     """Write weights with their description in one file; returns the hash of its content."""
-    text = {"schema_version": str(SCHEMA_VERSION), **{name: json.dumps(value) for name, value in metadata.items()}}
-    content = save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata=text)
+    text = json.dumps({"schema_version": SCHEMA_VERSION, **metadata})
+    # one entry: the library writes several in no stated order, and the file's hash names the weights
+    content = save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"mmm4rec": text})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()[:16]
 
@@ -79,9 +80,9 @@ def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights and description of a `best.safetensors`. Raises BadInput when it is missing or not one of ours."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = file.metadata() or {}
+            text = (file.metadata() or {})["mmm4rec"]
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        metadata = {name: json.loads(value) for name, value in text.items()}
+        metadata = json.loads(text)
         version = metadata["schema_version"]
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise BadInput(f"is no model of ours ({error}).", file=path, remedy="Give the best.safetensors of a run.") from error

@@ -1,0 +1,62 @@
+"""Small domains that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmm4rec.data.domain import Domain, open_domain, write_domain
+from mmm4rec.data.features import add_features
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_domain(tmp_path: Path) -> Callable[..., Domain]:
+    """Writes a random domain: users with 4 to 12 interactions, times, text and image features."""
+
+    def make(
+        name: str = "shop",
+        *,
+        users: int = 60,
+        items: int = 30,
+        seed: int = 0,
+        timestamps: bool = True,
+        modalities: tuple[str, ...] = ("text", "image"),
+        change: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
+    ) -> Domain:
+        random = np.random.default_rng(seed)
+        counts = random.integers(4, 13, users)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        sequence = random.integers(1, items + 1, offsets[-1])
+        times = np.concatenate([1_500_000_000 + np.cumsum(random.integers(60, 10**6, n)) for n in counts])
+        if change is not None:
+            change(offsets, sequence, times)
+        table = pd.DataFrame({"item": [f"i{k}" for k in range(items)], "text": [f"thing {k}" for k in range(items)], "image": None})
+        write_domain(
+            tmp_path / name,
+            name=name,
+            offsets=offsets,
+            items=sequence,
+            timestamps=times if timestamps else None,
+            item_table=table,
+            user_ids=[f"u{k}" for k in range(users)],
+            tie_break="none",
+            provenance={},
+            force=True,
+        )
+        domain = open_domain(tmp_path / name)
+        for modality in modalities:
+            vectors = random.standard_normal((items, 12 if modality == "text" else 10)).astype(np.float32)
+            add_features(domain, modality, vectors, np.ones(items, dtype=bool), encoder=f"random-{modality}")  # type: ignore[arg-type]
+        return domain
+
+    return make
+
+
+TINY_MODEL = {"width": 16, "ffn_width": 16, "head_width": 8, "state": 8, "max_len": 8}

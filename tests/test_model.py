@@ -1,0 +1,200 @@
+"""The model: the published one to the last digit, and what must not change a score."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL
+from torch.nn import functional as F
+
+from mmm4rec.data.batches import Batch, Group, make_batch
+from mmm4rec.data.domain import Domain
+from mmm4rec.data.features import ItemFeatures, load_features
+from mmm4rec.models.blocks import FourierFilter
+from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
+from mmm4rec.models.published import our_name, our_weights
+from mmm4rec.models.ssd import quadratic, recurrence
+
+GOLDEN = Path(__file__).parent / "golden"
+VARIANTS = sorted(path.stem for path in GOLDEN.glob("fused_*.npz"))
+SWITCHES: list[dict] = [
+    {},
+    {"modalities": "text"},
+    {"modalities": "image"},
+    {"ids": False},
+    {"time": False},
+    {"filter": False},
+    {"filter_size": 2},
+    {"cross": "add"},
+    {"fusion": "dynamic_shared"},
+    {"fusion": "dynamic_instance"},
+    {"time_encoding": "layer_norm"},
+    {"layers": 2},
+    {"groups": 1},
+    {"scaled_skip": True},
+]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 7, 20])
+def test_quadratic_scan_is_the_recurrence(length: int, groups: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, length, 4, 5, dtype=torch.float64, requires_grad=True)
+    delta = F.softplus(torch.randn(3, length, 4, dtype=torch.float64)).requires_grad_()
+    a = -torch.rand(4, dtype=torch.float64)
+    B, C = (torch.randn(3, length, groups, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(3, length, 4, 5, dtype=torch.float64)
+    outputs = [scan(x, delta, a, B, C) for scan in (recurrence, quadratic)]
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+    gradients = [torch.autograd.grad((y * weight).sum(), (x, delta, B, C)) for y in outputs]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_model_to_the_last_digit(variant: str) -> None:
+    """User vectors, scores, loss and every gradient norm of the authors' own code, in float64."""
+    inputs, golden = np.load(GOLDEN / "inputs.npz"), np.load(GOLDEN / f"{variant}.npz")
+    parameters = {name: torch.from_numpy(np.array(value)).double() for name, value in np.load(GOLDEN / "params.npz").items()}
+    match = re.fullmatch(r"fused_L(\d)_(time|notime)_(bias|nobias)_(static|dynamic_\w+?)(_cleants)?", variant)
+    assert match is not None
+    layers, time, ids, fusion, clean = match.groups()
+    config = ModelConfig(
+        width=64, ffn_width=64, head_width=16, state=16, layers=int(layers), time=time == "time", ids=ids == "bias",
+        fusion=fusion, time_encoding="layer_norm", scaled_skip=True, dropout=0.0,
+    )  # fmt: skip
+    present = torch.ones(51, dtype=torch.bool)
+    vectors = {"text": parameters["text_embedding"], "image": parameters["vision_embedding"]}
+    features = ItemFeatures(50, vectors, {"text": present, "image": present}, {})
+    model = MMM4Rec(config, feature_dimensions=features.dimensions, n_items=50).double()
+    weights = our_weights(parameters) | {"fusion": parameters.get(f"fusion_factor__{fusion}")}
+    own = dict(model.named_parameters())
+    model.load_state_dict({name: weights.get(name, parameter) for name, parameter in own.items()})
+    assert {name for name in own if name not in weights} == {"missing.text", "missing.image"}
+
+    stamps = inputs["time_stamps_clean" if clean else "time_stamps"]
+    gaps = torch.from_numpy(np.diff(stamps, axis=1, prepend=stamps[:, :1]).astype(np.float64))
+    items, targets = torch.from_numpy(inputs["item_seq"]), torch.from_numpy(inputs["labels"])
+    group = Group(items, torch.from_numpy(inputs["lengths"]), gaps, torch.ones(items.shape, dtype=torch.bool))
+    batch = Batch((group,), targets, inputs["user"])
+    catalogue = model.items(features)
+    users = model.users(batch, catalogue)
+    scores = model.scores(users, catalogue)
+    loss = F.cross_entropy(scores, targets)  # the release ranks padding as a class
+    np.testing.assert_allclose(users.detach(), golden["f64.seq_output"], atol=1e-9)
+    np.testing.assert_allclose(scores.detach(), golden["f64.scores"], atol=1e-9)
+    np.testing.assert_allclose(loss.item(), golden["f64.ce_loss"], atol=1e-9)
+    loss.backward()
+    norms = {our_name(str(name)).split("__")[0]: norm for name, norm in zip(golden["grad_names"], golden["f64.grad_norm"], strict=True)}
+    for name, norm in norms.items():
+        gradient = own[name].grad
+        assert gradient is not None, name
+        np.testing.assert_allclose(gradient.norm().item(), norm, rtol=1e-7, err_msg=name)
+
+
+def build(domain: Domain, **switches: object) -> tuple[MMM4Rec, ItemFeatures]:
+    """A float64 model with no parameter left at zero."""
+    config = ModelConfig(**{**TINY_MODEL, "dropout": 0.0, **switches})  # type: ignore[arg-type]
+    features = load_features(domain, config.streams)
+    features = replace(features, vectors={name: value.double() for name, value in features.vectors.items()})
+    torch.manual_seed(0)
+    model = MMM4Rec(config, feature_dimensions=features.dimensions, n_items=domain.n_items).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model, features
+
+
+def score(model: MMM4Rec, features: ItemFeatures, batch: Batch) -> torch.Tensor:
+    catalogue = model.items(features)
+    return model.scores(model.users(batch, catalogue), catalogue)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_grouping_and_padding_change_no_score(make_domain: Callable[..., Domain], switches: dict) -> None:
+    """A batch scores as its examples do alone, at full padded length and with other items in the padding."""
+    domain = make_domain()
+    model, features = build(domain, **switches)
+    users, ends = domain.examples("test")
+    batch = make_batch(domain, users, ends, max_len=8, time=True)
+    assert len(batch.groups) > 2
+    together = score(model, features, batch)
+    for row in range(0, len(batch), 7):
+        user = batch.users[row : row + 1]
+        alone = make_batch(domain, user, ends[user], max_len=8, time=True).groups[0]
+        padded = torch.full((1, 8), 5)
+        padded[:, : alone.items.shape[1]] = alone.items
+        stretched = Batch((replace(alone, items=padded),), torch.zeros(1, dtype=torch.long), user)
+        torch.testing.assert_close(score(model, features, stretched)[0], together[row], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_target_and_its_time_change_no_score(make_domain: Callable[..., Domain], switches: dict) -> None:
+    def change(offsets: np.ndarray, items: np.ndarray, times: np.ndarray) -> None:
+        items[offsets[1:] - 1] = 7
+        times[offsets[1:] - 1] += 10**7
+
+    scores = []
+    for alteration in (None, change):
+        domain = make_domain(change=alteration)
+        model, features = build(domain, **switches)
+        scores.append(score(model, features, make_batch(domain, *domain.examples("test"), max_len=8, time=True)))
+    torch.testing.assert_close(*scores, rtol=0, atol=0)
+
+
+def test_time_gaps_change_the_score(make_domain: Callable[..., Domain]) -> None:
+    """Hours against months: the same items, other gaps."""
+    domain = make_domain()
+    model, features = build(domain)
+    batch = make_batch(domain, *domain.examples("test"), max_len=8, time=True)
+    groups = tuple(replace(group, gap_seconds=group.gap_seconds * 100) for group in batch.groups if group.gap_seconds is not None)
+    longer = score(model, features, replace(batch, groups=groups))
+    changed = (longer - score(model, features, batch)).abs().amax(1) > 1e-6
+    assert changed[batch.groups[0].lengths.numel() :].all()
+
+
+def test_missing_modality_is_the_learned_vector(make_domain: Callable[..., Domain]) -> None:
+    """An item without a picture, and a domain without pictures, stand where the learned vector stands."""
+    domain = make_domain()
+    model, features = build(domain, ids=False)
+    present = {**features.present, "image": features.present["image"].clone()}
+    present["image"][5] = False
+    absent_item = model.items(replace(features, present=present)).inputs["image"]
+    torch.testing.assert_close(absent_item[5], model.missing["image"])
+    assert not torch.equal(absent_item[6], model.missing["image"])
+    only_text = replace(features, vectors={"text": features.vectors["text"]}, present={"text": features.present["text"]})
+    torch.testing.assert_close(model.items(only_text).inputs["image"], model.missing["image"].expand(31, -1))
+
+
+def test_one_modality_ignores_the_other(make_domain: Callable[..., Domain]) -> None:
+    domain = make_domain()
+    model, features = build(domain, modalities="text", ids=False)
+    assert not any("image" in name or "cross" in name for name, _ in model.named_parameters())
+    assert list(model.items(features).inputs) == ["text"]
+
+
+def test_small_filter_is_a_low_pass() -> None:
+    """Frequencies at and above filter_size leave no trace, neither in nor out."""
+    torch.manual_seed(0)
+    filter_ = FourierFilter(20, 3).double()
+    positions = torch.arange(20, dtype=torch.float64)
+    low, high = torch.cos(2 * torch.pi * positions * 2 / 20), torch.cos(2 * torch.pi * positions * 5 / 20)
+    zero = torch.zeros(20, dtype=torch.float64)
+    torch.testing.assert_close(filter_(low + high, zero), filter_(low, zero))
+    assert (filter_(low, zero) - filter_(zero, zero)).abs().max() > 1e-3
+    assert torch.fft.rfft(filter_(low, zero))[3:].abs().max() < 1e-12
+
+
+def test_compact_batch_names_the_same_items(make_domain: Callable[..., Domain]) -> None:
+    domain = make_domain()
+    batch = make_batch(domain, *domain.examples("valid"), max_len=8, time=False)
+    ids, compact = batch.compact()
+    assert torch.equal(ids, ids.unique())
+    for group, rows in zip(batch.groups, compact.groups, strict=True):
+        assert torch.equal(ids[rows.items], group.items)
+    assert torch.equal(ids[compact.targets], batch.targets)
