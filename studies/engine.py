@@ -154,7 +154,7 @@ class StudyScheduler(FIFOScheduler):
             self._end(trial, "failed", reason="ended without a result.json")
 
     def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
-        self._end(trial, "failed", reason=str(trial.get_error() or "its process died"))
+        self._end(trial, "failed", reason=_read_error(trial))
 
     def _end(self, trial: TuneTrial, outcome: Any, **facts: Any) -> None:
         key = trial.config["trial_key"]
@@ -194,6 +194,11 @@ def run_cells(
         ),
         run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
     ).fit()
+
+
+def _read_error(trial: TuneTrial) -> str:
+    file = Path(trial.error_file or "")
+    return file.read_text(encoding="utf-8") if file.is_file() else "its process died"
 
 
 def _trial_name(trial: TuneTrial) -> str:

@@ -30,6 +30,7 @@ METRICS_PER_CALL = 900  # MLflow takes 1,000
 PARAMS_PER_CALL = 90  # MLflow takes 100
 
 log = logging.getLogger(__name__)
+logging.getLogger("mlflow").setLevel(logging.WARNING)
 
 
 def store_uri(folder: Path) -> str:

@@ -1,0 +1,243 @@
+"""Facts about the MLflow mirror and the tables, on a study made by hand whose answers are worked out here."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shutil
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+from mlflow import MlflowClient
+
+from mmm4rec.config import from_dict
+from mmm4rec.errors import BadInput
+from studies.mlflow_tracker import MlflowTracker, store_uri
+from studies.spec import Source, Spec, build_cells
+from studies.state import Journal
+from studies.tables import Figure, Table, main, main_table, transfer_table, write_tables
+from studies.tracked import METRICS, read_study
+
+SPEC = from_dict(
+    Spec,
+    {
+        "study": "by_hand",
+        "domains": {"demo": True},
+        "pretrain": {"sources": ["s"]},
+        "arms": {
+            "pretrained": {"init": "pretrained"},
+            "scratch": {},
+            "shuffled_pretrained": {"init": "pretrained", "shuffle_features": True},
+            "popularity": {"recommender": "popularity"},
+        },
+        "cells": [{"domains": ["toys"], "arms": ["pretrained", "scratch", "shuffled_pretrained", "popularity"]}],
+        "space": {"training.learning_rate": {"low": 0.001, "high": 0.1}},
+        "budget": {"search_trials": 1, "epochs": 4, "confirm_seeds": 2},
+    },
+    source="test",
+)
+CURVES = {  # validation NDCG@10 after epochs 1, 2, ...; an epoch has 10 optimizer steps
+    ("toys/pretrained", "search", 0): [0.9],
+    ("toys/pretrained", "confirm", 0): [0.30, 0.50, 0.40],
+    ("toys/pretrained", "confirm", 1): [0.20, 0.30],
+    ("toys/scratch", "search", 0): [0.8],
+    ("toys/scratch", "confirm", 0): [0.10, 0.20, 0.25, 0.40],
+    ("toys/scratch", "confirm", 1): [0.10, 0.35, 0.30],
+    ("toys/shuffled_pretrained", "search", 0): [0.1],
+    ("toys/shuffled_pretrained", "confirm", 0): [0.05, 0.06],
+    ("toys/popularity", "confirm", 0): [0.07],
+}
+TEST = {"pretrained": (0.40, 0.50), "scratch": (0.35, 0.30), "shuffled_pretrained": (0.04,), "popularity": (0.06,)}
+
+
+def valid(value: float) -> dict[str, float]:
+    return {name: value if name == "ndcg@10" else value / 2 for name in METRICS}
+
+
+def result(curve: list[float], test: float | None) -> dict:
+    best = curve.index(max(curve)) + 1
+    told = {
+        "best_epoch": best,
+        "valid": valid(max(curve)),
+        "config": {"model": {"width": 8}},
+        "fingerprint": "print",
+        "code_version": "1",
+    }
+    return told if test is None else {**told, "test": dict.fromkeys(METRICS, test)}
+
+
+def fill(journal: Journal, cells: dict) -> None:
+    for (name, phase, number), curve in CURVES.items():
+        trial = journal.start(cells[name], phase, number, number + 10_000 * (phase == "confirm"), {"training.learning_rate": 0.01})
+        for epoch, value in enumerate(curve, start=1):
+            row = {
+                "epoch": epoch,
+                "optimizer_steps": 10 * epoch,
+                "train_loss": 1 / epoch,
+                "train_seconds": 2.0,
+                "valid_seconds": 1.0,
+                "valid": valid(value),
+            }
+            journal.add_report(trial.trial_key, row, value)
+        test = TEST[name.split("/")[1]][number] if phase == "confirm" else None
+        journal.end(trial.trial_key, "finished", result=result(curve, test))
+
+
+def mirror(folder: Path, cells: tuple, *, keys: list[str]) -> None:
+    tracker = MlflowTracker(folder, SPEC, cells, folder / "study.sqlite3")
+    tracker.start()
+    for key in keys:
+        tracker.trial(key)
+    tracker.finish([])
+    tracker.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("results") / "by_hand"
+    folder.mkdir()
+    cells, _ = build_cells(SPEC, {"toys": Source("/toys", "print", True)})
+    journal = Journal(folder / "study.sqlite3")
+    journal.add_cells(cells)
+    journal.remember("begun_ms", "1000")
+    fill(journal, {cell.name: cell for cell in cells})
+    broken = journal.start(cells[0], "confirm", 2, 10_002, {})
+    journal.end(broken.trial_key, "failed", reason="broken on purpose")
+    pruned = journal.start(cells[0], "search", 1, 1, {})
+    journal.prune(pruned.trial_key, 1)
+    keys = [trial.trial_key for trial in journal.trials()]
+    mirror(folder, cells, keys=keys)
+    journal._db.execute("UPDATE trials SET tracked = 0")  # as if the driver had died before it noted what MLflow has
+    mirror(folder, cells, keys=keys)
+    journal.close()
+    return folder
+
+
+@pytest.fixture
+def study(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "by_hand"))
+
+
+def runs_of(folder: Path) -> list:
+    client = MlflowClient(tracking_uri=store_uri(folder))
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()], max_results=1000))
+
+
+def test_mlflow_holds_study_cells_and_trials_once_nested_and_ended(study: Path) -> None:
+    runs = runs_of(study)
+    by_phase: dict[str, list] = {}
+    for run in runs:
+        by_phase.setdefault(run.data.tags["mmm4rec.phase"], []).append(run)
+    assert {phase: len(found) for phase, found in by_phase.items()} == {"study": 1, "cell": 4, "search": 4, "confirm": 7}
+    assert {run.info.status for run in runs} == {"FINISHED", "FAILED", "KILLED"}
+    cell = {run.data.tags["mmm4rec.cell"]: run.info.run_id for run in by_phase["cell"]}
+    assert all(run.data.tags["mlflow.parentRunId"] == by_phase["study"][0].info.run_id for run in by_phase["cell"])
+    for run in by_phase["search"] + by_phase["confirm"]:
+        assert run.data.tags["mlflow.parentRunId"] == cell[run.data.tags["mmm4rec.cell"]]
+    outcomes = sorted((run.data.tags["mmm4rec.outcome"], run.info.status) for run in by_phase["search"] + by_phase["confirm"])
+    assert outcomes == [("failed", "FAILED"), *[("finished", "FINISHED")] * 9, ("pruned", "KILLED")]
+
+
+def test_a_curve_stands_in_mlflow_once_by_optimizer_steps(study: Path) -> None:
+    client = MlflowClient(tracking_uri=store_uri(study))
+    run = next(run for run in runs_of(study) if run.info.run_name == "toys/scratch confirm 0")
+
+    def history(name: str) -> list[tuple[int, float]]:
+        return sorted((metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, name))
+
+    assert history("valid/ndcg_at_10") == [(10, 0.1), (20, 0.2), (30, 0.25), (40, 0.4)]
+    assert history("seconds") == [(10, 3.0), (20, 6.0), (30, 9.0), (40, 12.0)]
+    assert history("test/hit_at_50") == [(40, 0.35)]
+    assert history("best_valid/ndcg_at_10") == [(40, 0.4)]
+    assert run.data.params["training.learning_rate"] == "0.01"
+    assert run.data.params["model.width"] == "8"
+
+
+def test_the_main_table_holds_mean_and_sd_of_confirm_trials_and_marks_the_best(study: Path) -> None:
+    table = main_table(read_study(study))
+    rows = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert list(rows) == ["pretrained", "scratch", "shuffled_pretrained", "popularity"]
+    pretrained = rows["pretrained"]
+    assert (pretrained["domain"], pretrained["seeds"], pretrained["search trials"], pretrained["epoch budget"]) == ("toys", 2, 1, 4)
+    assert pretrained["hit@10"] == Figure((0.40, 0.50), best=True)
+    assert pretrained["hit@10"].text() == "0.4500 ± 0.0707"
+    assert rows["scratch"]["ndcg@10"].text() == "0.3250 ± 0.0354"
+    assert rows["popularity"]["mrr"].text() == "0.0600"
+    assert pretrained["epochs to best"].text() == "2.0 ± 0.0"
+    assert rows["scratch"]["steps to best"].text() == "30 ± 14"
+    assert [rows[arm]["mrr"].best for arm in rows] == [True, False, False, False]
+
+
+def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored(study: Path) -> None:
+    table = transfer_table(read_study(study))
+    rows = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
+    assert list(rows) == ["scratch", "pretrained"], "shuffled_pretrained has no scratch arm that differs in init alone"
+    pretrained, scratch = rows["pretrained"], rows["scratch"]
+    # Scratch's best came after 40 and 20 steps, at .40 and .35.
+    assert scratch["valid ndcg@10 at 100% of steps"].values == (0.40, 0.35)
+    assert pretrained["valid ndcg@10 at 25% of steps"].values == (0.30,)  # 10 steps; at 5 steps the other seed had no report
+    assert pretrained["valid ndcg@10 at 50% of steps"].values == (0.50, 0.20)  # 20 and 10 steps
+    assert pretrained["valid ndcg@10 at 100% of steps"].values == (0.50, 0.30)
+    assert scratch["steps to scratch's best"].text() == "30 ± 14"
+    assert pretrained["steps to scratch's best"] == Figure((20, 20), digits=0, at_least=True)
+    assert pretrained["reached"] == "1/2"
+
+
+def test_csv_markdown_and_latex_agree(study: Path) -> None:
+    write_tables(study)
+    with (study / "tables" / "main.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    markdown = (study / "tables" / "main.md").read_text().splitlines()[2:]
+    latex = [line for line in (study / "tables" / "main.tex").read_text().splitlines() if line.startswith("toys")]
+    assert len(rows) == len(markdown) == len(latex) == 4
+    for row, line, tex in zip(rows, markdown, latex, strict=True):
+        numbers = [float(row[f"{name} mean"]) for name in METRICS]
+        for text in (line, tex):
+            assert [float(number) for number in re.findall(r"0\.\d{4}", re.sub(r"(±|\$\\pm\$) [\d.]+", "", text))] == pytest.approx(
+                numbers, abs=5e-5
+            )
+        assert ("**" in line) == (r"\textbf" in tex) == (row["arm"] == "pretrained")
+    assert float(rows[0]["mrr mean"]) == mean((0.4, 0.5))
+    assert float(rows[0]["mrr sd"]) == stdev((0.4, 0.5))
+    assert r"shuffled\_pretrained" in latex[2]
+
+
+def test_the_same_runs_give_the_same_bytes(study: Path) -> None:
+    write_tables(study)
+    files = [file for name in ("tables", "figures") for file in (study / name).iterdir()]
+    before = {file.name: file.read_bytes() for file in files}
+    write_tables(study)
+    assert {"main.csv", "transfer.tex", "convergence.png", "convergence.svg"} <= set(before)
+    assert before == {file.name: file.read_bytes() for file in files}
+
+
+def test_runs_of_one_domain_with_different_fingerprints_are_refused_by_name(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    client = MlflowClient(tracking_uri=store_uri(study))
+    run = next(run for run in runs_of(study) if run.info.run_name == "toys/scratch confirm 1")
+    client.set_tag(run.info.run_id, "mmm4rec.fingerprint", "another")
+    assert main([str(study)]) == 2
+    said = capsys.readouterr().err
+    assert "domain 'toys'" in said
+    assert "another" in said
+    assert "toys/scratch confirm 1" in said
+    assert not (study / "tables").exists()
+
+
+def test_a_trial_with_two_runs_is_refused(study: Path) -> None:
+    client = MlflowClient(tracking_uri=store_uri(study))
+    runs = [run for run in runs_of(study) if run.data.tags["mmm4rec.phase"] == "confirm" and run.info.status == "FINISHED"]
+    client.set_tag(runs[0].info.run_id, "mmm4rec.trial_key", runs[1].data.tags["mmm4rec.trial_key"])
+    with pytest.raises(BadInput, match="has two runs"):
+        read_study(study)
+
+
+def test_a_folder_without_a_store_is_bad_input(tmp_path: Path) -> None:
+    assert main([str(tmp_path)]) == 2
+
+
+def test_a_figure_without_spread_or_values_says_so() -> None:
+    assert Figure((0.5,)).text() == "0.5000"
+    assert Figure(()).text() == "-"
+    assert Figure((10, 20), digits=0, at_least=True).text() == "≥ 15 ± 7"
+    assert r"$\geq$ 15 $\pm$ 7 \\" in Table(("a",), ((Figure((10, 20), digits=0, at_least=True),),)).to_latex()
