@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -167,3 +168,15 @@ def test_bad_input_is_refused_with_its_rule(tmp_path: Path) -> None:
     encode_domains([good.path], save=tmp_path / "encoder", dimensions=8)
     with pytest.raises(BadInput, match="saved encoder"):
         encode_domains([good.path], encoder=str(tmp_path / "encoder"), fit_on=[good.path])
+
+
+@pytest.mark.parametrize(("package", "encoder"), [("sklearn", "lexical"), ("PIL", "pixel")])
+def test_without_the_extra_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, encoder: str
+) -> None:
+    domain = make_domain(tmp_path / "shop", TEXTS, ["a.png"] * len(TEXTS))
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BadInput, match=rf"needs {package}.*not installed.*pip install 'mmm4rec\[encode\]'"):
+        encode_domains([domain.path], encoder=encoder)

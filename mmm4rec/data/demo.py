@@ -70,12 +70,12 @@ class DemoConfig:
 
     sources: tuple[str, ...] = ("bazaar", "market", "warehouse")
     targets: tuple[str, ...] = ("attic", "corner", "harbour")
-    source_users: int = 2000
-    source_items: int = 500
-    target_users: int = 600
-    target_items: int = 300
+    source_users: int = 1200
+    source_items: int = 400
+    target_users: int = 400
+    target_items: int = 250
     dimensions: int = 64  # of a feature vector
-    long_pause_share: float = 0.5
+    long_pause_share: float = 0.3
     topic_weight: float = 4.0  # logits
     hue_weight: float = 2.0
     shape_weight: float = 2.0
@@ -106,7 +106,7 @@ def write_demo(out: str | Path, *, seed: int = 0, force: bool = False, config: D
     """
     config, out = config or DemoConfig(), Path(out)
     names = (*config.sources, *config.targets)
-    with new_folder(out, force=force) as folder:
+    with new_folder(out, force=force, marker="demo.json") as folder:
         for index, name in enumerate(names):
             write_shop(folder / name, name, np.random.default_rng([seed, index]), config, seed=seed)
         sources, everyone = [folder / name for name in config.sources], [folder / name for name in names]
@@ -222,7 +222,7 @@ def log_uniform(random: np.random.Generator, seconds: tuple[int, int], shape: tu
 def draw_picture(random: np.random.Generator, hue: float, shape: str) -> Image.Image:
     """An item's picture: the shape in the hue, on paper; its place, size and pattern are the item's own."""
     with encode_extra():
-        from PIL import Image, ImageDraw  # noqa: PLC0415
+        from PIL import Image, ImageDraw
     size = 4 * PICTURE_PIXELS  # drawn large and scaled down, for smooth edges
     paper = tuple(int(x) for x in random.integers(225, 250, 3))
     degrees, saturation = int(np.degrees(hue)) % 360, int(random.integers(75, 95))

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as to_bytes
 
 from mmm4rec.data.domain import Domain, new_folder, open_domain
 from mmm4rec.data.features import Modality, add_features
@@ -106,7 +107,7 @@ Encoder = LexicalTextEncoder | PixelImageEncoder
 def fit_lexical_text(texts: Sequence[str], dimensions: int) -> LexicalTextEncoder:
     """Fit a text encoder. Raises BadInput when the texts hold no word, or too few for that many dimensions."""
     with encode_extra():
-        from sklearn.decomposition import TruncatedSVD  # noqa: PLC0415
+        from sklearn.decomposition import TruncatedSVD
     word_counter, spelling_counter = _counters(None, None)
     try:
         terms = [counter.fit(texts) for counter in (word_counter, spelling_counter)]
@@ -123,7 +124,7 @@ def fit_lexical_text(texts: Sequence[str], dimensions: int) -> LexicalTextEncode
 def fit_pixel_image(pictures: Sequence[Path | None], dimensions: int) -> PixelImageEncoder:
     """Fit an image encoder. Raises BadInput when too few pictures can be read for that many dimensions."""
     with encode_extra():
-        from sklearn.decomposition import PCA  # noqa: PLC0415
+        from sklearn.decomposition import PCA
     named = [picture for picture in pictures if picture is not None]
     pixels, readable = read_pictures(named[:: -(-len(named) // MAX_FITTED_PICTURES) or 1])
     _check_dimensions(dimensions, int(readable.sum()), pixels.shape[1], "pictures")
@@ -134,7 +135,7 @@ def fit_pixel_image(pictures: Sequence[Path | None], dimensions: int) -> PixelIm
 def read_pictures(pictures: Sequence[Path | None]) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [n, P] float32 in 0..1, and readable [n] bool: a picture that is missing or damaged is a row of zeros."""
     with encode_extra():
-        from PIL import Image  # noqa: PLC0415
+        from PIL import Image
     pixels = np.zeros((len(pictures), SIDE_PIXELS * SIDE_PIXELS * 3), dtype=np.float32)
     readable = np.zeros(len(pictures), dtype=bool)
     for row, picture in enumerate(pictures):
@@ -257,7 +258,7 @@ def picture_files(domain: Domain) -> list[Path | None]:
 
 def _counters(words: Sequence[str] | None, spellings: Sequence[str] | None) -> tuple[Any, Any]:
     with encode_extra():
-        from sklearn.feature_extraction.text import TfidfVectorizer  # noqa: PLC0415
+        from sklearn.feature_extraction.text import TfidfVectorizer
     shared: dict[str, Any] = {"sublinear_tf": True, "dtype": np.float32, "max_features": MAX_TERMS}
     return (
         TfidfVectorizer(analyzer="word", ngram_range=(1, 2), vocabulary=words, **shared),
@@ -268,7 +269,7 @@ def _counters(words: Sequence[str] | None, spellings: Sequence[str] | None) -> t
 def _weigh_terms(texts: Sequence[str], words: Sequence[str], spellings: Sequence[str], weights: np.ndarray) -> Any:
     """TF-IDF [n, V], sparse: the words' part and the spellings' part of a row have length 1 each."""
     with encode_extra():
-        from scipy import sparse  # noqa: PLC0415
+        from scipy import sparse
     word_counter, spelling_counter = _counters(words, spellings)
     word_counter.idf_, spelling_counter.idf_ = weights[: len(words)], weights[len(words) :]
     return sparse.hstack([word_counter.transform(texts), spelling_counter.transform(texts)], format="csr")
@@ -294,6 +295,6 @@ def _name(kind: str, arrays: dict[str, np.ndarray], terms: Sequence[str]) -> str
 
 
 def _save(folder: str | Path, arrays: dict[str, np.ndarray], info: dict[str, Any], *, force: bool) -> None:
-    with new_folder(folder, force=force) as part:
-        save_file(arrays, part / "arrays.safetensors")
+    with new_folder(folder, force=force, marker="encoder.json") as part:
+        (part / "arrays.safetensors").write_bytes(to_bytes(arrays))
         (part / "encoder.json").write_text(json.dumps({"schema_version": 1, **info}, ensure_ascii=False) + "\n", encoding="utf-8")
