@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "encode", encode_command, "item texts or pictures -> features", example)
     command.add_argument("domain", type=Path, nargs="+")
     command.add_argument("--encoder", default="lexical", help="lexical (text), pixel (pictures), or a folder made by --save")
-    command.add_argument("--fit-on", type=Path, nargs="+", default=[], metavar="DOMAIN", help="source domains that the encoder is fitted on")
+    command.add_argument("--fit-on", type=Path, nargs="+", default=[], metavar="DOMAIN", help="source domains to fit the encoder on")
     command.add_argument("--save", type=Path, metavar="DIR", help="keep the fitted encoder")
     command.add_argument("--dimensions", type=int, default=256)
     command.add_argument("--force", action="store_true", help="replace the domain's features")

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -59,8 +59,8 @@ class RunConfig:
     """All that decides a run's numbers, with the code version."""
 
     data: DataConfig
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
     recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
     init: str | None = None  # best.safetensors to transfer from; None: from scratch
     seed: int = 0
@@ -87,9 +87,7 @@ def assemble(config: RunConfig) -> Assembled:
     domains = tuple(open_domain(path) for path in config.data.domains)
     config = resolve(config, domains)
     device = choose_device(config.device)
-    features = [
-        load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains
-    ]
+    features = [load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains]
     torch.manual_seed(config.seed)
     model = _build_model(config, domains, features).to(device)
     moved = None
@@ -273,7 +271,7 @@ def _peak_memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if os.name != "posix":
         return 0
-    import resource  # noqa: PLC0415 (POSIX only)
+    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -92,7 +92,9 @@ def test_train_of_bad_input_exits_with_2(
 
 
 @pytest.mark.parametrize("damage", ["cut", "features", "version"])
-def test_a_damaged_domain_is_refused(damage: str, make_domain: Callable[..., Domain], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_damaged_domain_is_refused(
+    damage: str, make_domain: Callable[..., Domain], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     path = make_domain().path
     if damage == "cut":
         (path / "items.npy").write_bytes((path / "items.npy").read_bytes()[:-40])

@@ -26,8 +26,8 @@ from mmm4rec.errors import BadInput
 from mmm4rec.inference import open_model, recommend
 from mmm4rec.run import DataConfig, RunConfig, assemble, execute
 from mmm4rec.training.checkpoint import load_model, transfer
-from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
 from mmm4rec.training.loop import fit
+from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
 from mmm4rec.training.metrics import metrics, ranks
 
 
@@ -265,9 +265,7 @@ def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], t
     (tmp_path / "two").mkdir()
     drain(config, tmp_path / "one")
     mp.spawn(_train_distributed, args=(2, str(tmp_path / "two"), config), nprocs=2)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / place / "curve.jsonl").read_text().splitlines()] for place in ("one", "two/run")
-    )
+    one, two = ([json.loads(line) for line in (tmp_path / place / "curve.jsonl").read_text().splitlines()] for place in ("one", "two/run"))
     assert [line["optimizer_steps"] for line in one] == [line["optimizer_steps"] for line in two]
     np.testing.assert_allclose([line["train_loss"] for line in one], [line["train_loss"] for line in two], rtol=1e-4)
     np.testing.assert_allclose([line["valid"]["mrr"] for line in one], [line["valid"]["mrr"] for line in two], rtol=1e-2)
@@ -286,9 +284,7 @@ def test_heldout_users_are_never_trained_on(make_domain: Callable[..., Domain]) 
 
 def test_shuffled_features_are_the_same_rows_of_other_items(make_domain: Callable[..., Domain]) -> None:
     domain = make_domain()
-    plain, shuffled = (
-        assemble(tiny(domain, data={"shuffle_features": seed})).run.data[0].features.vectors["text"] for seed in (None, 5)
-    )
+    plain, shuffled = (assemble(tiny(domain, data={"shuffle_features": seed})).run.data[0].features.vectors["text"] for seed in (None, 5))
     assert not torch.equal(plain, shuffled)
     assert torch.equal(plain.sort(0).values, shuffled.sort(0).values)
     assert not plain[0].any()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def make_batch(domain: Domain, users: np.ndarray, ends: np.ndarray, *, max_len: 
     bounds = np.searchsorted(lengths, (0, *GROUP_LENGTHS, max_len), side="right")
     groups = tuple(
         _make_group(domain, users[low:high], ends[low:high], lengths[low:high], max_len=max_len, time=time)
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True)
+        for low, high in pairwise(bounds)
         if high > low
     )
     return Batch(groups, torch.from_numpy(targets.astype(np.int64)), users)

@@ -207,8 +207,8 @@ def new_folder(out: str | Path, *, force: bool, marker: str = "domain.json") -> 
         replaced = None
         if out.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
-            os.replace(out, replaced)
-        os.replace(folder, out)
+            out.replace(replaced)
+        folder.replace(out)
         if replaced is not None:
             shutil.rmtree(replaced.parent)
     finally:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,10 +75,10 @@ def save_table(
     (target / f"{modality}.json").unlink(missing_ok=True)
     for name, array in contents.items():
         np.save(target / f".{name}", array)
-        os.replace(target / f".{name}", target / name)
+        (target / f".{name}").replace(target / name)
     part = target / f".{modality}.json"
     part.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, target / f"{modality}.json")
+    part.replace(target / f"{modality}.json")
 
 
 def add_features(

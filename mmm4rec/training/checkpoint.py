@@ -43,7 +43,7 @@ def save_last(path: Path, run: Run, config: dict[str, Any]) -> None:
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def load_last(path: Path, run: Run, config: dict[str, Any]) -> None:
