@@ -9,12 +9,16 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from tqdm import tqdm
 
-from mmm4rec.config import from_dict, load_yaml, merge, override
+from mmm4rec.config import from_dict, load_yaml, merge, override, to_dict
 from mmm4rec.errors import BadInput
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from mmm4rec.run import Assembled, RunConfig
 
 
 def prepare_command(args: argparse.Namespace) -> None:
@@ -42,14 +46,14 @@ def encode_command(args: argparse.Namespace) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     """One run, with a bar an epoch and a line of its validation metrics."""
-    from mmm4rec.run import Assembled, RunConfig, execute
+    from mmm4rec.run import execute
 
-    data = load_yaml(args.config) if args.config else {}
-    data = merge(data, {"data": {"domains": [str(path) for path in args.domain]}} if args.domain else {})
-    flags = {"seed": args.seed, "init": args.init and str(args.init), "device": args.device}
-    data = merge(data, {key: value for key, value in flags.items() if value is not None})
-    data = merge(data, {"training": {"epochs": args.epochs}} if args.epochs is not None else {})
-    config = from_dict(RunConfig, override(data, args.set), source=str(args.config or "the command line"))
+    config = _run_config(args)
+    if args.print_config:
+        print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
+        return
+    if args.out is None:
+        raise BadInput("no folder for the run's files.", remedy="Give --out DIR.")
     bar = tqdm(unit="batch", leave=False, disable=None)
 
     def show(assembled: Assembled) -> None:
@@ -73,6 +77,18 @@ def train_command(args: argparse.Namespace) -> None:
         if split in result:
             print(f"{split}: " + ", ".join(f"{name} {value:.4f}" for name, value in result[split].items()))
     print(f"best epoch {result['best_epoch']}; files in {args.out}")
+
+
+def _run_config(args: argparse.Namespace) -> RunConfig:
+    """The file's keys, then the flags, then --set."""
+    from mmm4rec.run import RunConfig
+
+    data = load_yaml(args.config) if args.config else {}
+    flags = {"seed": args.seed, "init": args.init and str(args.init), "device": args.device}
+    data = merge(data, {key: value for key, value in flags.items() if value is not None})
+    data = merge(data, {"data": {"domains": [str(path) for path in args.domain]}} if args.domain else {})
+    data = merge(data, {"training": {"epochs": args.epochs}} if args.epochs is not None else {})
+    return from_dict(RunConfig, override(data, args.set), source=str(args.config or "the command line"))
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
@@ -137,13 +153,14 @@ def _parser() -> argparse.ArgumentParser:
     example = "mmm4rec train --domain domains/Scientific --out runs/a --seed 1 --set model.width=128 training.learning_rate=3e-4"
     command = _command(commands, "train", train_command, "train a model on a domain, or pre-train on several", example)
     command.add_argument("--domain", type=Path, nargs="+", help="fine-tuning: one; pre-training: several")
-    command.add_argument("--out", type=Path, required=True, help="folder of the run's files")
+    command.add_argument("--out", type=Path, help="folder of the run's files")
     command.add_argument("--config", type=Path, help="YAML with the keys of RunConfig (data, model, training, ...)")
     command.add_argument("--init", type=Path, help="best.safetensors of a run to transfer from")
     command.add_argument("--seed", type=int)
     command.add_argument("--epochs", type=int)
     command.add_argument("--device", help="auto, cpu or cuda")
     command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override single keys of the config")
+    command.add_argument("--print-config", action="store_true", help="print every key with its value, and train nothing")
     command.add_argument("--resume", action="store_true", help="continue from OUT/last.ckpt where there is one")
 
     example = "mmm4rec evaluate --model runs/a/best.safetensors --domain domains/Scientific"

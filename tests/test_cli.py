@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_MODEL
 from test_prepare import BAD_INPUTS
 
@@ -65,6 +66,15 @@ def test_train_keeps_the_files_in_their_form(make_domain: Callable[..., Domain],
     torch.load(out / "last.ckpt", weights_only=True)
     again = from_dict(RunConfig, result["config"], source="result.json")
     assert to_dict(again) == result["config"]
+
+
+def test_print_config_shows_every_key_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", "--domain", "anywhere", "--epochs", "7", "--set", "model.width=32", "--print-config"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["training"]["epochs"] == 7
+    assert from_dict(RunConfig, shown, source="printed").model.width == 32
+    assert main(["train", "--domain", "anywhere"]) == 2
+    assert "Give --out DIR" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
