@@ -11,7 +11,8 @@ from mmm4rec.data.domain import open_domain
 from mmm4rec.data.encode import encode_domains
 from mmm4rec.data.prepare import prepare
 from mmm4rec.errors import BadInput
-from studies.spec import Domains, Source, TextEncoder
+from studies.cells import Source
+from studies.spec import Domains, TextEncoder
 
 
 def make_domains(domains: Domains, folder: Path, *, data: Path | None, seed: int) -> dict[str, Source]:

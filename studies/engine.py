@@ -29,14 +29,15 @@ from ray.tune.search import Searcher
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.run import RunConfig, execute
+from studies.cells import Cell, nested
 from studies.mlflow_tracker import MlflowTracker
 from studies.plan import Plan
 from studies.progress import Progress
-from studies.spec import Cell, Resources, nested
+from studies.spec import Resources
 from studies.state import Trial, locked
 from studies.suggestions import Suggestions
 
-QUIET = {
+ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files beside ours
@@ -44,6 +45,7 @@ QUIET = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial may take so long to close before its actor is used again
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "MALLOC_ARENA_MAX": "1",  # every trial is a new thread of its actor: with an arena each, glibc's memory grows and grows
 }
 
 
@@ -52,7 +54,7 @@ def start_ray(resources: Resources) -> None:
 
     Raises BadInput where a trial asks for more than there is.
     """
-    for name, value in QUIET.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if len(tempfile.gettempdir()) > 40:  # Ray's socket paths must stay below 107 bytes
         os.environ.setdefault("RAY_TMPDIR", "/tmp")

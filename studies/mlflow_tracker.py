@@ -22,7 +22,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 
 from mmm4rec.tracking import mlflow_name
-from studies.spec import Cell, Spec
+from studies.cells import Cell, flat
+from studies.spec import Spec
 from studies.state import Journal, Outcome, Report, Trial, now_ms
 
 STATUS: dict[Outcome, str] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}  # MLflow knows no pruned run
@@ -240,11 +241,3 @@ def _result_metrics(result: Mapping[str, Any], steps: int, timestamp_ms: int) ->
     values = {f"best_valid {name}": value for name, value in result["valid"].items()}
     values |= {f"test {name}": value for name, value in result.get("test", {}).items()}
     return [Metric(mlflow_name(name), float(value), timestamp_ms, steps) for name, value in values.items()]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"width": 64}} as {"model.width": 64}."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return leaves

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from studies.spec import Budget, Cell
+from studies.cells import Cell
+from studies.spec import Budget
 from studies.state import Journal, Phase, Trial
 
 SEEDS = 10_000  # a phase's share of seeds: a study of seed s searches with 2 s SEEDS + number, and confirms with SEEDS more

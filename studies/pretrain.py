@@ -25,9 +25,10 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.run import RunConfig, execute
+from studies.cells import Source
 from studies.engine import read_curve
 from studies.mlflow_tracker import MlflowTracker
-from studies.spec import Source, Spec, add_arguments, load_spec
+from studies.spec import Spec, add_arguments, load_spec
 
 WATCH_SECONDS = 2.0
 
@@ -120,7 +121,7 @@ def _watch(out: Path, tracker: MlflowTracker, over: threading.Event) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
-    from studies.study import open_study, start_ray  # noqa: PLC0415 (it imports this module)
+    from studies.study import open_study, start_ray
 
     parser = argparse.ArgumentParser(
         description="Pre-train for a transfer study.", epilog="Example: python studies/pretrain.py --spec demo"

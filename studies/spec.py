@@ -1,4 +1,4 @@
-"""A study's spec: the dataclasses of its YAML file, and the cells that it spans.
+"""A study's spec: the dataclasses of its YAML file.
 
     study: demo                     # the name of the folder under --out
     domains: {demo: true}           # or {prepare: {name: folder under --data}, text_encoder: {...}}
@@ -16,18 +16,14 @@ An arm is never a dimension of the search: every cell is searched alone.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmm4rec.config import from_dict, load_yaml, merge
+from mmm4rec.config import from_dict, load_yaml
 from mmm4rec.errors import BadInput
 
 SPECS = Path(__file__).parent / "specs"
-FILTER_SIZE = "model.filter_size"
 
 
 @dataclass(frozen=True)
@@ -175,40 +171,6 @@ class Spec:
             raise ValueError(f"study is '{self.study}'; it names a folder.")
 
 
-@dataclass(frozen=True)
-class Source:
-    """What a cell needs to know of a prepared domain."""
-
-    path: str
-    fingerprint: str
-    has_timestamps: bool
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Domain × arm: what all its trials share. `run` is a RunConfig's plain data without domains, seed and init."""
-
-    domain: str
-    arm: str
-    source: Source
-    init: Literal["pretrained", "scratch"]
-    shuffle_features: bool
-    run: dict[str, Any]
-    space: dict[str, Parameter]
-    metric: str  # of validation; higher is better
-    search_trials: int
-    confirm_seeds: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.domain}/{self.arm}"
-
-    def trial_key(self, config: Mapping[str, Any], seed: int, phase: str) -> str:
-        """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out."""
-        told = [self.name, self.source.fingerprint, self.init, self.shuffle_features, self.run, dict(config), seed, phase]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def load_spec(name_or_path: str) -> Spec:
     """The spec in a file, or of that name among the specs that come with the package. Raises BadInput."""
     path = Path(name_or_path)
@@ -225,64 +187,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--spec", default="demo", help="a spec's name (among studies/specs) or the path of a YAML file; default: demo")
     parser.add_argument("--data", type=Path, help="holds the raw folders that the spec prepares")
     parser.add_argument("--out", type=Path, default=Path("results"), help="gets a folder of the study's name; default: results")
-
-
-def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
-    """The study's cells in the spec's order, and warnings about time that had to be turned off.
-
-    Raises BadInput where a domain is unknown, or an arm searches a filter size that it has no filter for.
-    """
-    pairs = [(domain, arm) for group in spec.cells for domain in group.domains for arm in group.arms]
-    unknown = sorted({domain for domain, _ in pairs} - set(sources))
-    if unknown:
-        raise BadInput(f"study '{spec.study}' names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
-    cells = tuple(_build_cell(spec, domain, arm, sources[domain]) for domain, arm in pairs)
-    timeless = sorted({domain for domain, _ in pairs if not sources[domain].has_timestamps})
-    warnings = tuple(
-        f"domain '{domain}' has no timestamps: time is off in its cells, and filter_size is not searched." for domain in timeless
-    )
-    return cells, warnings
-
-
-def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
-    arm, budget = spec.arms[arm_name], spec.budget
-    trained = arm.recommender == "mmm4rec"
-    model = merge(spec.model, arm.model)
-    if not source.has_timestamps:
-        model["time"] = False
-    training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
-    space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
-    if not (model.get("time", True) and model.get("filter", True)):
-        if arm.space.get(FILTER_SIZE) is not None:
-            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{domain}/{arm_name}' has no Fourier filter (time or filter is off)."
-            raise BadInput(rule, remedy="Take it out of the arm's space.")
-        space.pop(FILTER_SIZE, None)
-        model.pop("filter_size", None)
-    return Cell(
-        domain=domain,
-        arm=arm_name,
-        source=source,
-        init=arm.init,
-        shuffle_features=arm.shuffle_features,
-        run={
-            "recommender": arm.recommender,
-            "model": model,
-            "training": training,
-            "device": "cuda" if spec.resources.gpus else "cpu",
-        },
-        space=space if trained else {},
-        metric=training.get("valid_metric", "ndcg@10"),
-        search_trials=budget.search_trials if space and trained else 0,
-        confirm_seeds=budget.confirm_seeds if trained else 1,  # the others draw nothing at random
-    )
-
-
-def nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{"model.dropout": 0.2} as {"model": {"dropout": 0.2}}."""
-    result: dict[str, Any] = {}
-    for name, value in config.items():
-        tree = value
-        for key in reversed(name.split(".")):
-            tree = {key: tree}
-        result = merge(result, tree)
-    return result

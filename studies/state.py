@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from mmm4rec.config import to_dict
 from mmm4rec.errors import BadInput
-from studies.spec import Cell
+from studies.cells import Cell, differences
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +29,7 @@ Outcome = Literal["running", "finished", "pruned", "failed"]
 TABLES = """
 CREATE TABLE IF NOT EXISTS study (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS cells (
-    cell TEXT PRIMARY KEY, position INTEGER NOT NULL, facts TEXT NOT NULL, chosen_trial TEXT, chosen_config TEXT);
+    cell TEXT PRIMARY KEY, position INTEGER NOT NULL, chosen_trial TEXT, chosen_config TEXT);
 CREATE TABLE IF NOT EXISTS trials (
     trial_key TEXT PRIMARY KEY, cell TEXT NOT NULL, phase TEXT NOT NULL, number INTEGER NOT NULL, seed INTEGER NOT NULL,
     config TEXT NOT NULL, outcome TEXT NOT NULL, reason TEXT, result TEXT,
@@ -104,11 +104,12 @@ class Journal:
         self._db.execute("INSERT OR IGNORE INTO study VALUES (?, ?)", (key, value))
         return self.fact(key) or value
 
-    def pin(self, key: str, value: str, *, what: str) -> None:
-        """Note a fact that must not change while the study lives. Raises BadInput when it was another one."""
-        before = self.remember(key, value)
-        if before != value:
-            rule = f"was begun with another {what}:\n  then: {before}\n  now:  {value}\n"
+    def pin(self, key: str, facts: dict[str, Any]) -> None:
+        """Note facts that must not change while the study lives. Raises BadInput, with the differences, when they were others."""
+        now = json.dumps(facts, sort_keys=True)
+        before = self.remember(key, now)
+        if before != now:
+            rule = f"was begun with another {key}:\n{differences(before, now)}"
             raise BadInput(rule, file=self.path, remedy="Give the changed study another name, or remove its folder.")
 
     def add_cells(self, cells: Sequence[Cell]) -> None:
@@ -116,12 +117,8 @@ class Journal:
         for position, cell in enumerate(cells):
             facts = to_dict(cell)
             facts["source"].pop("path")
-            told = json.dumps(facts, sort_keys=True)
-            self._db.execute("INSERT OR IGNORE INTO cells (cell, position, facts) VALUES (?, ?, ?)", (cell.name, position, told))
-            (before,) = self._db.execute("SELECT facts FROM cells WHERE cell = ?", (cell.name,)).fetchone()
-            if before != told:
-                rule = f"cell {cell.name} was another one:\n  then: {before}\n  now:  {told}\n"
-                raise BadInput(rule, file=self.path, remedy="Give the changed study another name, or remove its folder.")
+            self.pin(f"cell {cell.name}", facts)
+            self._db.execute("INSERT OR IGNORE INTO cells (cell, position) VALUES (?, ?)", (cell.name, position))
 
     def start(self, cell: Cell, phase: Phase, number: int, seed: int, config: dict[str, Any]) -> Trial:
         """Note a new trial as running."""

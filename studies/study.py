@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +12,13 @@ import ray
 import yaml
 
 from mmm4rec.config import to_dict
+from studies.cells import Cell, Source, build_cells
 from studies.domains import make_domains
 from studies.engine import run_cells, run_config, start_ray
 from studies.mlflow_tracker import MlflowTracker, store_uri
 from studies.plan import Plan
 from studies.pretrain import pretrain, pretrain_config
-from studies.spec import Cell, Source, Spec, build_cells
+from studies.spec import Spec
 from studies.state import Journal, Trial, locked, now_ms
 from studies.suggestions import Suggestions
 from studies.tables import write_tables
@@ -39,7 +39,7 @@ class Study:
         checkpoint = pretrain(self.spec, self.sources, self.folder, self.tracker)
         if checkpoint is not None:
             digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
-            self.plan.journal.pin("checkpoint", digest, what="pre-trained checkpoint")
+            self.plan.journal.pin("pre-trained checkpoint", {"sha256": digest})
         return checkpoint
 
 
@@ -55,8 +55,7 @@ def open_study(spec: Spec, out: Path, *, data: Path | None, say: Callable[[str],
     with locked(folder / ".lock", wait=False):
         journal = Journal(folder / "study.sqlite3")
         told = to_dict(spec)
-        lasting = {key: value for key, value in told.items() if key != "resources"}
-        journal.pin("spec", json.dumps(lasting, sort_keys=True), what="spec")
+        journal.pin("spec", {key: value for key, value in told.items() if key != "resources"})
         journal.remember("begun_ms", str(now_ms()))
         (folder / "spec.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
         sources = make_domains(spec.domains, folder / "domains", data=data, seed=spec.seed)

@@ -16,7 +16,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from studies.spec import Cell, Parameter
+from studies.cells import Cell
+from studies.spec import Parameter
 from studies.state import Journal, Trial
 
 

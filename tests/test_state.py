@@ -11,8 +11,9 @@ import pytest
 
 from mmm4rec.config import from_dict
 from mmm4rec.errors import BadInput
+from studies.cells import Cell, Source, build_cells
 from studies.plan import Plan, survives
-from studies.spec import Budget, Cell, Source, Spec, build_cells, load_spec
+from studies.spec import Budget, Spec, load_spec
 from studies.state import Journal, Trial, locked
 
 SPACE = {
@@ -213,11 +214,11 @@ def test_a_new_driver_takes_up_what_runs_and_repeats_nothing_that_ended(tmp_path
 
 def test_a_changed_spec_or_cell_is_refused(tmp_path: Path) -> None:
     plan = begin(tmp_path, spec())
-    plan.journal.pin("spec", "one", what="spec")
-    plan.journal.pin("spec", "one", what="spec")
-    with pytest.raises(BadInput, match="another spec"):
-        plan.journal.pin("spec", "two", what="spec")
-    with pytest.raises(BadInput, match="cell a/pretrained was another one"):
+    plan.journal.pin("spec", {"seed": 1, "model": {"width": 8}})
+    plan.journal.pin("spec", {"model": {"width": 8}, "seed": 1})
+    with pytest.raises(BadInput, match=r"another spec:\n  model\.width: 8 then, 16 now\n"):
+        plan.journal.pin("spec", {"seed": 1, "model": {"width": 16}})
+    with pytest.raises(BadInput, match=r"another cell a/pretrained:\n  run\.model\.width: None then, 8 now"):
         begin(tmp_path, spec(model={"width": 8}))
 
 

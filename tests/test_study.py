@@ -22,10 +22,11 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.demo import DemoConfig, write_demo
 from mmm4rec.data.domain import fingerprint, open_domain
 from mmm4rec.run import execute
+from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
-from studies.spec import Source, Spec, build_cells
+from studies.spec import Spec
 from studies.state import Journal
 from studies.suggestions import Suggestions
 from studies.transfer_sweep import main

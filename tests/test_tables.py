@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 
 from mmm4rec.config import from_dict
 from mmm4rec.errors import BadInput
+from studies.cells import Source, build_cells
 from studies.mlflow_tracker import MlflowTracker, store_uri
-from studies.spec import Source, Spec, build_cells
+from studies.spec import Spec
 from studies.state import Journal
 from studies.tables import Figure, Table, main, main_table, transfer_table, write_tables
 from studies.tracked import METRICS, read_study
