@@ -13,7 +13,7 @@ import argparse
 import csv
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,7 +29,7 @@ SHARES = (0.25, 0.5, 1.0)  # of scratch's steps to its best: where both are comp
 
 
 @dataclass(frozen=True)
-class Figure:
+class Sample:
     """A number over seeds."""
 
     values: tuple[float, ...]
@@ -45,7 +45,7 @@ class Figure:
         return f"{'≥ ' if self.at_least else ''}{mean(self.values):.{self.digits}f}{spread}"
 
 
-Entry = str | int | Figure
+Entry = str | int | Sample
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,17 @@ class Table:
     rows: tuple[tuple[Entry, ...], ...]
 
     def to_csv(self) -> str:
-        """Every figure as two columns, its mean and its sd, at full precision."""
+        """Every sample as two columns, its mean and its sd, at full precision."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        figures = [any(isinstance(row[i], Figure) for row in self.rows) for i in range(len(self.columns))]
-        writer.writerow([name for column, wide in zip(self.columns, figures, strict=True) for name in _csv_names(column, wide)])
+        samples = [any(isinstance(row[i], Sample) for row in self.rows) for i in range(len(self.columns))]
+        writer.writerow([name for column, wide in zip(self.columns, samples, strict=True) for name in _csv_names(column, wide)])
         for row in self.rows:
             writer.writerow([value for entry in row for value in _csv_values(entry)])
         return out.getvalue()
 
     def to_markdown(self) -> str:
-        texts = [[_bold(entry, "**{}**") for entry in row] for row in self.rows]
+        texts = [[_marked(entry, "**{}**") for entry in row] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(self.columns, *texts, strict=True)]
         lines = [self.columns, ["-" * width for width in widths], *texts]
         return "".join(f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))} |\n" for line in lines)
@@ -76,7 +76,7 @@ class Table:
         lines = [rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}", r"\toprule", _latex_row(map(_latex, self.columns)), r"\midrule"]
         for before, row in zip([None, *self.rows], self.rows, strict=False):
             lines += [r"\midrule"] * (before is not None and before[0] != row[0])
-            lines.append(_latex_row(_bold(entry, r"\textbf{{{}}}", _latex) for entry in row))
+            lines.append(_latex_row(_marked(entry, r"\textbf{{{}}}", escape=_latex) for entry in row))
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -87,13 +87,13 @@ def main_table(cells: Sequence[TrackedCell]) -> Table:
     rows: list[tuple[Entry, ...]] = []
     for cell in cells:
         rivals = [other.name for other in cells if other.domain == cell.domain and other.trials]
-        figures = []
+        scores = []
         for name in METRICS:
             best = bool(cell.trials) and means[cell.name, name] == max(means[rival, name] for rival in rivals)
-            figures.append(Figure(tuple(trial.test[name] for trial in cell.trials), best=best))
-        epochs = Figure(tuple(trial.best_epoch for trial in cell.trials), digits=1)
-        steps = Figure(tuple(trial.best_steps for trial in cell.trials), digits=0)
-        rows.append((cell.domain, cell.arm, len(cell.trials), *figures, epochs, steps, cell.search_trials, cell.epochs))
+            scores.append(Sample(tuple(trial.test[name] for trial in cell.trials), best=best))
+        epochs = Sample(tuple(trial.best_epoch for trial in cell.trials), digits=1)
+        steps = Sample(tuple(trial.best_steps for trial in cell.trials), digits=0)
+        rows.append((cell.domain, cell.arm, len(cell.trials), *scores, epochs, steps, cell.search_trials, cell.epochs))
     return Table(columns, tuple(rows))
 
 
@@ -119,7 +119,7 @@ def transfer_table(cells: Sequence[TrackedCell]) -> Table:
 def _transfer_row(cell: TrackedCell, scratch: TrackedCell) -> tuple[Entry, ...]:
     by_seed = {trial.seed: trial for trial in cell.trials}
     pairs = [(by_seed[rival.seed], rival) for rival in scratch.trials if rival.seed in by_seed]
-    at_steps = [Figure(tuple(v for t, rival in pairs if (v := _best_until(t, share * rival.best_steps)) is not None)) for share in SHARES]
+    at_steps = [Sample(tuple(v for t, rival in pairs if (v := _best_until(t, share * rival.best_steps)) is not None)) for share in SHARES]
     arrivals = [_arrival(trial, rival.best_valid) for trial, rival in pairs]
     last = [trial.curve[-1][0] for trial, _ in pairs]
     steps = tuple(end if steps is None else steps for steps, end in zip(arrivals, last, strict=True))
@@ -128,10 +128,10 @@ def _transfer_row(cell: TrackedCell, scratch: TrackedCell) -> tuple[Entry, ...]:
         cell.domain,
         cell.arm,
         len(pairs),
-        Figure(tuple(trial.test["ndcg@10"] for trial, _ in pairs)),
-        Figure(tuple(trial.best_valid for trial, _ in pairs)),
+        Sample(tuple(trial.test["ndcg@10"] for trial, _ in pairs)),
+        Sample(tuple(trial.best_valid for trial, _ in pairs)),
         *at_steps,
-        Figure(steps, digits=0, at_least=reached < len(pairs)),
+        Sample(steps, digits=0, at_least=reached < len(pairs)),
         f"{reached}/{len(pairs)}",
     )
 
@@ -162,15 +162,15 @@ def _csv_names(column: str, wide: bool) -> list[str]:
 
 
 def _csv_values(entry: Entry) -> list[object]:
-    if not isinstance(entry, Figure):
+    if not isinstance(entry, Sample):
         return [entry]
     return [mean(entry.values) if entry.values else "", stdev(entry.values) if len(entry.values) > 1 else ""]
 
 
-def _bold(entry: Entry, bold: str, escape: type[str] | object = str) -> str:
-    text = entry.text() if isinstance(entry, Figure) else str(entry)
-    text = _latex(text) if escape is _latex else text
-    return bold.format(text) if isinstance(entry, Figure) and entry.best else text
+def _marked(entry: Entry, best: str, *, escape: Callable[[str], str] = str) -> str:
+    """An entry as text, put into the pattern `best` where it is the best of its domain."""
+    text = escape(entry.text() if isinstance(entry, Sample) else str(entry))
+    return best.format(text) if isinstance(entry, Sample) and entry.best else text
 
 
 def _latex(text: str) -> str:

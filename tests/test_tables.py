@@ -17,7 +17,7 @@ from studies.cells import Source, build_cells
 from studies.mlflow_tracker import MlflowTracker, store_uri
 from studies.spec import Spec
 from studies.state import Journal
-from studies.tables import Figure, Table, main, main_table, transfer_table, write_tables
+from studies.tables import Sample, Table, main, main_table, transfer_table, write_tables
 from studies.tracked import METRICS, read_study
 
 SPEC = from_dict(
@@ -161,7 +161,7 @@ def test_the_main_table_holds_mean_and_sd_of_confirm_trials_and_marks_the_best(s
     assert list(rows) == ["pretrained", "scratch", "shuffled_pretrained", "popularity"]
     pretrained = rows["pretrained"]
     assert (pretrained["domain"], pretrained["seeds"], pretrained["search trials"], pretrained["epoch budget"]) == ("toys", 2, 1, 4)
-    assert pretrained["hit@10"] == Figure((0.40, 0.50), best=True)
+    assert pretrained["hit@10"] == Sample((0.40, 0.50), best=True)
     assert pretrained["hit@10"].text() == "0.4500 ± 0.0707"
     assert rows["scratch"]["ndcg@10"].text() == "0.3250 ± 0.0354"
     assert rows["popularity"]["mrr"].text() == "0.0600"
@@ -181,7 +181,7 @@ def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored
     assert pretrained["valid ndcg@10 at 50% of steps"].values == (0.50, 0.20)  # 20 and 10 steps
     assert pretrained["valid ndcg@10 at 100% of steps"].values == (0.50, 0.30)
     assert scratch["steps to scratch's best"].text() == "30 ± 14"
-    assert pretrained["steps to scratch's best"] == Figure((20, 20), digits=0, at_least=True)
+    assert pretrained["steps to scratch's best"] == Sample((20, 20), digits=0, at_least=True)
     assert pretrained["reached"] == "1/2"
 
 
@@ -237,8 +237,8 @@ def test_a_folder_without_a_store_is_bad_input(tmp_path: Path) -> None:
     assert main([str(tmp_path)]) == 2
 
 
-def test_a_figure_without_spread_or_values_says_so() -> None:
-    assert Figure((0.5,)).text() == "0.5000"
-    assert Figure(()).text() == "-"
-    assert Figure((10, 20), digits=0, at_least=True).text() == "≥ 15 ± 7"
-    assert r"$\geq$ 15 $\pm$ 7 \\" in Table(("a",), ((Figure((10, 20), digits=0, at_least=True),),)).to_latex()
+def test_a_sample_without_spread_or_values_says_so() -> None:
+    assert Sample((0.5,)).text() == "0.5000"
+    assert Sample(()).text() == "-"
+    assert Sample((10, 20), digits=0, at_least=True).text() == "≥ 15 ± 7"
+    assert r"$\geq$ 15 $\pm$ 7 \\" in Table(("a",), ((Sample((10, 20), digits=0, at_least=True),),)).to_latex()
