@@ -96,7 +96,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from mmm4rec.training.evaluate import evaluate
     from mmm4rec.training.metrics import metrics
 
-    model, data, device = open_model(args.model, args.domain, device=args.device)
+    model, data, device = open_model(args.model, args.domain, device=args.device, unseen=True)
     users, ends = data.domain.examples(args.split)
     values = metrics(evaluate(model, data, users, ends, device))
     _print({"domain": data.domain.name, "fingerprint": data.domain.fingerprint, "split": args.split, "users": len(users), **values})
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     example = "mmm4rec recommend --model runs/a/best.safetensors --domain domains/Scientific --user A1AXCV2WYDA4PD"
     command = _command(commands, "recommend", recommend_command, "the next items of users, as JSON lines", example)
     command.add_argument("--user", nargs="+", help="users by the source's id (default: all)")
-    command.add_argument("--top", type=int, default=10)
+    command.add_argument("--top", type=_positive, default=10, help="items a user; default 10")
     _add_model(command)
     return parser
 
@@ -180,6 +180,12 @@ def _command(commands: Any, name: str, function: Any, text: str, example: str) -
     parser = commands.add_parser(name, help=text, description=f"{text}.", epilog=f"example: {example}")
     parser.set_defaults(command=function)
     return parser
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return number
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

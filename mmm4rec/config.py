@@ -54,7 +54,10 @@ def override(data: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
         name, equals, value = assignment.partition("=")
         if not equals or not name:
             raise BadInput(f"'{assignment}' is no assignment.", remedy="Write it as section.key=value, for instance model.width=128.")
-        nested: Any = yaml.safe_load(value)
+        try:
+            nested: Any = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise BadInput(f"'{assignment}' has a value that is not YAML.", remedy="Quote it for the shell: 'key=[a, b]'.") from error
         if isinstance(nested, str):
             nested = _number(nested)
         for key in reversed(name.split(".")):

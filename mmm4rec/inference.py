@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +12,49 @@ import torch
 
 from mmm4rec.config import from_dict
 from mmm4rec.data.batches import DomainData, in_order
+from mmm4rec.data.domain import open_domain
+from mmm4rec.data.features import load_features
 from mmm4rec.errors import BadInput
+from mmm4rec.models.baselines.last_item import LastItem
+from mmm4rec.models.baselines.popularity import Popularity
+from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.recommender import Recommender
-from mmm4rec.run import DataConfig, RunConfig, assemble
+from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.evaluate import EVALUATION_BATCH
 
 
-def open_model(model_file: str | Path, domain: str | Path, *, device: str = "auto") -> tuple[Recommender, DomainData, torch.device]:
+def open_model(
+    model_file: str | Path, domain_folder: str | Path, *, device: str = "auto", unseen: bool = False
+) -> tuple[Recommender, DomainData, torch.device]:
     """The model of a `best.safetensors` on a domain, ready to rank.
 
-    A model with ids ranks the domain that it was trained on; one without ids ranks any domain that has
-    features of its encoder (zero-shot). Raises BadInput when model and domain do not fit.
+    A model with something learned for single items ranks the domain that it was trained on; another
+    ranks any domain that has features of its encoder (zero-shot). With `unseen`, a model that was
+    pre-trained on the domain's own test targets is refused. Raises BadInput when model and domain do not fit.
     """
     weights, metadata = load_model(model_file)
     config = from_dict(RunConfig, metadata["config"], source=str(model_file))
-    data = DataConfig(domains=(str(domain),), shuffle_features=config.data.shuffle_features)
-    assembled = assemble(replace(config, data=data, init=str(model_file), device=device, training=replace(config.training, epochs=0)))
-    fingerprint = assembled.domains[0].fingerprint
-    if config.model.ids and fingerprint not in metadata["fingerprints"].values():
-        rule = f"has item ids of another domain ({metadata['fingerprints']}); this one is {fingerprint}."
-        raise BadInput(rule, file=model_file, remedy="Fine-tune it here: mmm4rec train --init")
-    model = assembled.run.model
-    if config.model.ids or config.recommender != "mmm4rec":
-        model.load_state_dict(weights)
-    return model.eval(), assembled.run.data[0], assembled.run.device
+    domain, chosen = open_domain(domain_folder), choose_device(device)
+    features = load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features)
+    per_item = config.model.ids or config.model.fusion == "dynamic_instance" or config.recommender == "popularity"
+    if per_item and domain.fingerprint not in metadata["fingerprints"].values():
+        rule = f"has learned single items of {metadata['fingerprints']}; domain '{domain.name}' is {domain.fingerprint}."
+        raise BadInput(rule, file=model_file, remedy="Fine-tune it on this domain: mmm4rec train --init")
+    if config.model.time and domain.timestamps is None and config.recommender == "mmm4rec":
+        raise BadInput(f"reads times, and domain '{domain.name}' has none.", file=model_file, remedy="Train with model.time=false.")
+    check_encoders(metadata, [features], [domain], model_file)
+    if unseen:
+        check_unseen(metadata, [domain], model_file)
+    model: Recommender
+    if config.recommender == "mmm4rec":
+        model = MMM4Rec(config.model, feature_dimensions=metadata["feature_dimensions"], n_items=metadata["n_items"])
+    else:
+        model = Popularity(domain) if config.recommender == "popularity" else LastItem()
+    model.load_state_dict(weights)
+    nothing = np.empty(0, dtype=np.int64)
+    data = DomainData(domain, features.to(chosen), (nothing, nothing), (nothing, nothing), config.model.max_len, config.model.time)
+    return model.to(chosen).eval(), data, chosen
 
 
 @torch.inference_mode()

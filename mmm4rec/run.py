@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -28,12 +28,12 @@ from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.recommender import Recommender
-from mmm4rec.tracking import JsonLinesTracker
+from mmm4rec.tracking import JsonLinesTracker, Tracker
 from mmm4rec.training import distributed
-from mmm4rec.training.checkpoint import Transfer, load_last, load_model, save_last, save_model, transfer
+from mmm4rec.training.checkpoint import Transfer, check_identity, hash_file, load_last, load_model, save_last, save_model, transfer
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import EpochReport, Run, TrainingConfig, fit
-from mmm4rec.training.metrics import metrics
+from mmm4rec.training.metrics import mean_metrics
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,10 @@ class RunConfig:
     device: str = "auto"
     test: bool = True  # evaluate the best weights on the test split at the end
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
+
 
 @dataclass(frozen=True)
 class Assembled:
@@ -76,7 +80,7 @@ class Assembled:
     config: RunConfig  # resolved: time is off where a domain has no timestamps
     domains: tuple[Domain, ...]
     transfer: Transfer | None
-    metadata: dict[str, Any]  # for best.safetensors
+    description: dict[str, Any]  # what the numbers mean: config, fingerprints, features, initial weights
 
 
 def assemble(config: RunConfig) -> Assembled:
@@ -88,21 +92,26 @@ def assemble(config: RunConfig) -> Assembled:
     config = resolve(config, domains)
     device = choose_device(config.device)
     features = [load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(config.seed)
     model = _build_model(config, domains, features).to(device)
-    moved = None
+    moved, init_hash = None, None
     if config.init is not None:
         weights, metadata = load_model(config.init)
-        _check_encoders(metadata, features, domains, config.init)
-        moved = transfer(model, weights, source=config.init)
+        check_encoders(metadata, features, domains, config.init)
+        check_unseen(metadata, domains, config.init)
+        moved, init_hash = transfer(model, weights, source=config.init), hash_file(config.init)
     data = [_domain_data(config, domain, part) for domain, part in zip(domains, features, strict=True)]
     run = Run(model, data, config.training, config.seed, device)
     description = {
         "config": to_dict(config),
+        "fingerprints": {domain.name: domain.fingerprint for domain in domains},
+        "features": {domain.name: part.digests for domain, part in zip(domains, features, strict=True)},
+        "init": init_hash,
         "feature_dimensions": _shared_dimensions(features, domains),
         "encoders": {modality: name for part in features for modality, name in part.encoders.items()},
         "n_items": domains[0].n_items if len(domains) == 1 else None,
-        "fingerprints": {domain.name: domain.fingerprint for domain in domains},
     }
     return Assembled(run, config, domains, moved, description)
 
@@ -134,36 +143,44 @@ def execute(
     Writes last.ckpt, best.safetensors and curve.jsonl after every epoch, result.json and ranks.parquet at
     the end, and returns the result. With `resume` it continues from last.ckpt where there is one, and does
     nothing where the run has ended. Closing the generator leaves the files for a later resume.
-    In a distributed run worker 0 writes. Raises BadInput when `out` holds a run and `resume` is off.
+    In a distributed run worker 0 writes. Raises BadInput when `out` holds a run and `resume` is off, or
+    holds another run.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise BadInput("is a file; a run needs a folder.", file=out, remedy="Choose another name.")
     result_file, last_file = out / "result.json", out / "last.ckpt"
     if not resume and (result_file.exists() or last_file.exists()):
         raise BadInput("holds a run already.", file=out, remedy="Choose another folder, or continue it with --resume.")
-    if result_file.exists():
-        return json.loads(result_file.read_text(encoding="utf-8"))
-    started = time.perf_counter()
     assembled = assemble(config)
-    run, saved_config = assembled.run, to_dict(assembled.config)
+    run, description = assembled.run, assembled.description
+    if result_file.exists():
+        result = json.loads(result_file.read_text(encoding="utf-8"))
+        check_identity(result, description, file=result_file)
+        return result
     out.mkdir(parents=True, exist_ok=True)
-    tracker = JsonLinesTracker(out / "curve.jsonl")
+    tracker: Tracker = JsonLinesTracker(out / "curve.jsonl")
     if resume and last_file.exists():
-        load_last(last_file, run, saved_config)
+        load_last(last_file, run, description)
         tracker.log(run.state.history)
     on_start(assembled)
     for report in fit(run):
         if distributed.rank() == 0:
             if report.best_epoch == report.epoch:
-                save_model(out / "best.safetensors", run.state.best_weights, assembled.metadata)
-            save_last(last_file, run, saved_config)
+                save_model(out / "best.safetensors", run.state.best_weights, description)
+            save_last(last_file, run, description)
             tracker.log(run.state.history)
         yield report
-    return _finish(assembled, out, time.perf_counter() - started)
+    return _finish(assembled, out)
 
 
-def _finish(assembled: Assembled, out: Path, seconds: float) -> dict[str, Any]:
-    """Rank with the best weights, write ranks.parquet and result.json, return the result."""
-    run, config, state = assembled.run, assembled.config, assembled.run.state
+def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
+    """Rank with the best weights, write ranks.parquet and result.json, return the result.
+
+    `seconds` counts every epoch of the run, before a resume too, and this last ranking. `peak_memory_bytes`
+    is of the GPU, or of the whole process where there is none.
+    """
+    run, config, state, started = assembled.run, assembled.config, assembled.run.state, time.perf_counter()
     run.model.load_state_dict(state.best_weights)
     splits: tuple[Split, ...] = ("valid", "test") if config.test and config.data.examples == "train" else ("valid",)
     tables = [_ranks(run, data, split) for split in splits for data in run.data]
@@ -177,20 +194,21 @@ def _finish(assembled: Assembled, out: Path, seconds: float) -> dict[str, Any]:
         "valid": best.valid,
     }
     if "test" in splits:
-        result["test"] = metrics(pd.concat(table for table in tables if table["split"].iloc[0] == "test")["rank"].to_numpy())
+        result["test"] = mean_metrics(table["rank"].to_numpy() for table in tables if table["split"].iloc[0] == "test")
     if distributed.rank() == 0:
-        fingerprints = assembled.metadata["fingerprints"]
+        fingerprints = assembled.description["fingerprints"]
+        train_seconds, valid_seconds = (sum(getattr(r, name) for r in state.history) for name in ("train_seconds", "valid_seconds"))
         result |= {
-            "config": to_dict(config),
+            **assembled.description,
             "fingerprint": next(iter(fingerprints.values())) if len(fingerprints) == 1 else fingerprints,
             "seed": config.seed,
             "code_version": code_version(),
-            "checkpoint": save_model(out / "best.safetensors", state.best_weights, assembled.metadata),
+            "checkpoint": save_model(out / "best.safetensors", state.best_weights, assembled.description),
             "transfer": None if assembled.transfer is None else to_dict(assembled.transfer),
             "device": _device_name(run.device),
-            "seconds": seconds,
-            "train_seconds": sum(report.train_seconds for report in state.history),
-            "valid_seconds": sum(report.valid_seconds for report in state.history),
+            "seconds": train_seconds + valid_seconds + time.perf_counter() - started,
+            "train_seconds": train_seconds,
+            "valid_seconds": valid_seconds,
             "peak_memory_bytes": _peak_memory_bytes(run.device),
         }
         pd.concat(tables).to_parquet(out / "ranks.parquet", index=False)
@@ -208,13 +226,19 @@ def _domain_data(config: RunConfig, domain: Domain, features: ItemFeatures) -> D
     if config.data.examples == "train":
         train, valid = domain.examples("train"), domain.examples("valid")
     else:
-        everyone = np.random.default_rng(config.seed).permutation(domain.n_users)
-        count = max(1, round(config.data.heldout_users * domain.n_users))
-        train, valid = domain.examples("all", np.sort(everyone[count:])), domain.examples("test", np.sort(everyone[:count]))
+        able = np.random.default_rng(config.seed).permutation(domain.examples("test")[0])
+        count = max(1, round(config.data.heldout_users * len(able)))
+        train, valid = domain.examples("all", np.sort(able[count:])), domain.examples("test", np.sort(able[:count]))
+    if not len(valid[0]) or (not len(train[0]) and config.training.epochs):
+        rule = f"has {len(train[0])} training and {len(valid[0])} validation examples; a run needs some of both."
+        raise BadInput(rule, file=domain.path, remedy="Users need 4 interactions (pre-training: 2); prepare a larger domain.")
     return DomainData(domain, features, train, valid, config.model.max_len, config.model.time)
 
 
 def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:
+    if len(domains) > 1 and (config.recommender != "mmm4rec" or config.model.fusion == "dynamic_instance"):
+        what = config.recommender if config.recommender != "mmm4rec" else "fusion dynamic_instance"
+        raise BadInput(f"{what} belongs to the items of one domain, and the run has {len(domains)}.", remedy="Name one domain.")
     if config.recommender == "popularity":
         return Popularity(domains[0])
     if config.recommender == "last_item":
@@ -240,7 +264,8 @@ def _shared_dimensions(features: list[ItemFeatures], domains: tuple[Domain, ...]
     return {modality: dimension for modality, (dimension, _, _) in seen.items()}
 
 
-def _check_encoders(metadata: dict[str, Any], features: list[ItemFeatures], domains: tuple[Domain, ...], source: str) -> None:
+def check_encoders(metadata: dict[str, Any], features: Sequence[ItemFeatures], domains: Sequence[Domain], source: str | Path) -> None:
+    """Raise BadInput when a domain's features are not of the encoder that the checkpoint was trained on."""
     for part, domain in zip(features, domains, strict=True):
         for modality, encoder in part.encoders.items():
             expected = metadata.get("encoders", {}).get(modality, encoder)
@@ -249,16 +274,23 @@ def _check_encoders(metadata: dict[str, Any], features: list[ItemFeatures], doma
                 raise BadInput(rule, file=source, remedy=f"Re-run: mmm4rec encode {domain.path} with that encoder.")
 
 
+def check_unseen(metadata: dict[str, Any], domains: Sequence[Domain], source: str | Path) -> None:
+    """Raise BadInput when the checkpoint was pre-trained on validation and test targets of one of these domains."""
+    seen = set(metadata["fingerprints"].values()) if metadata["config"]["data"]["examples"] == "all" else set()
+    for domain in domains:
+        if domain.fingerprint in seen:
+            rule = f"was pre-trained on all targets of domain '{domain.name}', the test split's too: a figure on it would mean nothing."
+            raise BadInput(rule, file=source, remedy="Pre-train without this domain, or with data.examples=train.")
+
+
 def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise BadInput(f"device is '{name}' ({error}).", remedy="Use auto, cpu or cuda.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(f"device is '{name}' and this machine has no usable CUDA GPU.", remedy="Use device=cpu or auto.")
-    return device
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as error:  # torch's words for: no such device here
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device is '{name}', which this machine does not have ({reason}).", remedy="Use auto, cpu or cuda.") from error
 
 
 def _device_name(device: torch.device) -> str:

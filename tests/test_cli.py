@@ -85,6 +85,8 @@ def test_print_config_shows_every_key_and_trains_nothing(tmp_path: Path, capsys:
         (["--set", "model.filter_size=99"], "filter_size is 99; with max_len 20 it must be in 1..11"),
         (["--set", "training.valid_metric=auc"], "valid_metric is 'auc'"),
         (["--set", "model.width"], "'model.width' is no assignment"),
+        (["--set", "model.width=["], "has a value that is not YAML"),
+        (["--seed", "-1"], "seed is -1; it must be at least 0"),
         (["--init", "nowhere.safetensors"], "nowhere.safetensors: is no model of ours"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--domain", "nowhere"], "nowhere: is not a domain"),
@@ -132,7 +134,18 @@ def test_evaluate_and_recommend(make_domain: Callable[..., Domain], tmp_path: Pa
     assert len(json.loads(capsys.readouterr().out)["items"]) == 3
     other = str(make_domain("other", seed=2).path)
     assert main(["evaluate", "--model", model, "--domain", other]) == 2
-    assert "has item ids of another domain" in capsys.readouterr().err
+    assert "has learned single items of" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_fails_and_keeps_no_perfect_score(
+    make_domain: Callable[..., Domain], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Scores that are not finite are beaten by none; they must not count as rank one."""
+    arguments = ["train", "--domain", str(make_domain().path), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert main([*arguments, "--set", *SETS, "training.learning_rate=1e30"]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "result.json").exists()
+    assert not (tmp_path / "run" / "best.safetensors").exists()
 
 
 def test_metric_names_survive_mlflow() -> None:

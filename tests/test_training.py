@@ -24,9 +24,10 @@ from mmm4rec.data.batches import plan_epoch
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
 from mmm4rec.inference import open_model, recommend
-from mmm4rec.run import DataConfig, RunConfig, assemble, execute
+from mmm4rec.run import RunConfig, assemble, execute
 from mmm4rec.training.checkpoint import load_model, transfer
-from mmm4rec.training.loop import fit
+from mmm4rec.training.evaluate import evaluate
+from mmm4rec.training.loop import _optimizer_step, fit
 from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
 from mmm4rec.training.metrics import metrics, ranks
 
@@ -163,6 +164,63 @@ def test_resume_refuses_another_config(make_domain: Callable[..., Domain], tmp_p
         next(execute(tiny(domain), tmp_path / "run"))
 
 
+def test_resume_refuses_another_domain_or_features_at_the_same_place(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    config = tiny(make_domain(), training={"epochs": 2})
+    next(execute(config, tmp_path / "cut"))
+    drain(config, tmp_path / "done")
+    make_domain(seed=1)
+    for out in ("cut", "done"):
+        with pytest.raises(BadInput, match=r"belongs to another run \(features\.shop\.image.*fingerprints\.shop"):
+            drain(config, tmp_path / out, resume=True)
+    make_domain()
+    with pytest.raises(BadInput, match=r"training\.epochs: 2 -> 9"):
+        drain(replace(config, training=replace(config.training, epochs=9)), tmp_path / "done", resume=True)
+
+
+def test_resume_after_the_domain_moved(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    domain = make_domain()
+    config = tiny(domain)
+    whole = drain(config, tmp_path / "whole")
+    next(execute(config, tmp_path / "cut"))
+    moved = domain.path.rename(tmp_path / "elsewhere")
+    config = replace(config, data=replace(config.data, domains=(str(moved),)))
+    assert drain(config, tmp_path / "cut", resume=True)["test"] == whole["test"]
+
+
+def test_no_figure_on_targets_that_pre_training_saw(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    """Pre-training on all examples of a domain, then fine-tuning or evaluating there, is refused; recommending is not."""
+    domain = make_domain()
+    drain(tiny(domain, data={"examples": "all"}, model={"ids": False}, training={"epochs": 1}), tmp_path / "pre")
+    checkpoint = tmp_path / "pre" / "best.safetensors"
+    with pytest.raises(BadInput, match="pre-trained on all targets of domain 'shop'"):
+        assemble(tiny(domain, init=str(checkpoint)))
+    with pytest.raises(BadInput, match="pre-trained on all targets of domain 'shop'"):
+        open_model(checkpoint, domain.path, unseen=True)
+    assert list(recommend(*open_model(checkpoint, domain.path, device="cpu"), users=["u1"], top=3))
+
+
+def test_zero_shot_uses_the_learned_vector_for_a_modality_that_training_lacked(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    source, target = make_domain("source", modalities=("text",)), make_domain("target", seed=1)
+    drain(tiny(source, model={"ids": False}, training={"epochs": 1}), tmp_path / "pre")
+    model, data, _ = open_model(tmp_path / "pre" / "best.safetensors", target.path, device="cpu")
+    images = model.items(data.features).inputs["image"]
+    assert torch.equal(images, images[:1].expand_as(images))
+
+
+def test_too_few_interactions_are_refused_before_anything_is_written(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    domain = make_domain()
+    np.save(domain.path / "offsets.npy", np.arange(len(domain.items) + 1))  # every interaction a user of its own
+    for data in ({}, {"examples": "all"}):
+        with pytest.raises(BadInput, match="a run needs some of both"):
+            drain(tiny(domain, data=data), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_untrained_baselines_refuse_several_domains(make_domain: Callable[..., Domain]) -> None:
+    with pytest.raises(BadInput, match="popularity belongs to the items of one domain"):
+        assemble(tiny([make_domain("a"), make_domain("b")], recommender="popularity"))
+
+
 def test_test_targets_decide_nothing(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
     """With other test targets at other times: the same losses, best epoch and weights; another fingerprint."""
 
@@ -215,12 +273,12 @@ def test_transfer_refuses_other_sizes_and_encoders(make_domain: Callable[..., Do
         assemble(tiny(source, init=checkpoint))
 
 
-def test_a_saved_model_ranks_as_the_run_did(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+@pytest.mark.parametrize("ids", [True, False])
+@pytest.mark.parametrize("fusion", ["static", "dynamic_shared", "dynamic_instance"])
+def test_a_saved_model_ranks_as_the_run_did(make_domain: Callable[..., Domain], tmp_path: Path, fusion: str, ids: bool) -> None:
     """evaluate from best.safetensors repeats result.json; recommend lists what the scores say."""
-    from mmm4rec.training.evaluate import evaluate
-
     domain = make_domain()
-    result = drain(tiny(domain), tmp_path / "run")
+    result = drain(tiny(domain, model={"fusion": fusion, "ids": ids}), tmp_path / "run")
     model, data, device = open_model(tmp_path / "run" / "best.safetensors", domain.path, device="cpu")
     assert metrics(evaluate(model, data, *domain.examples("test"), device)) == result["test"]
     lines = list(recommend(model, data, device, users=["u3", "u40"], top=30))
@@ -249,9 +307,17 @@ def test_untrained_models_against_brute_force(make_domain: Callable[..., Domain]
         assert result["test"] == pytest.approx(metrics(rank), abs=1e-9)
 
 
+def _save_gradients(config: RunConfig, file: Path) -> None:
+    """The gradients of one optimizer step over the first epoch's first micro-batches."""
+    run = assemble(config).run
+    _optimizer_step(run, plan_epoch([data.train for data in run.data], 33, seed=0, epoch=1)[:3])
+    torch.save({name: parameter.grad for name, parameter in run.model.named_parameters()}, file)
+
+
 def _train_distributed(rank: int, world: int, folder: str, config: RunConfig) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    _save_gradients(config, Path(folder) / f"gradients{rank}.pt")
     drain(config, Path(folder) / "run")
     torch.distributed.destroy_process_group()
 
@@ -263,8 +329,16 @@ def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], t
     data = {"examples": "all", "heldout_users": 0.2}
     config = tiny(sources, data=data, model={"dropout": 0.0}, training={"loss": "in_batch", "batch_size": 33, "accumulation": 3})
     (tmp_path / "two").mkdir()
+    _save_gradients(config, tmp_path / "gradients.pt")
     drain(config, tmp_path / "one")
     mp.spawn(_train_distributed, args=(2, str(tmp_path / "two"), config), nprocs=2)
+    expected = torch.load(tmp_path / "gradients.pt", weights_only=True)
+    for rank in range(2):
+        found = torch.load(tmp_path / "two" / f"gradients{rank}.pt", weights_only=True)
+        for name, gradient in expected.items():
+            assert (gradient is None) == (found[name] is None), name
+            if gradient is not None:
+                torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max()), msg=name)
     one, two = ([json.loads(line) for line in (tmp_path / place / "curve.jsonl").read_text().splitlines()] for place in ("one", "two/run"))
     assert [line["optimizer_steps"] for line in one] == [line["optimizer_steps"] for line in two]
     np.testing.assert_allclose([line["train_loss"] for line in one], [line["train_loss"] for line in two], rtol=1e-4)
@@ -301,4 +375,3 @@ def test_no_features_and_no_ids_is_refused(make_domain: Callable[..., Domain]) -
     domain = make_domain(modalities=())
     with pytest.raises(BadInput, match="nothing to learn from"):
         assemble(tiny(domain, model={"ids": False}))
-    assert DataConfig((str(domain.path),)).domains

@@ -195,6 +195,8 @@ def new_folder(out: str | Path, *, force: bool, marker: str = "domain.json") -> 
     folder that holds the file `marker`. When the block raises, nothing is left behind.
     """
     out = Path(out)
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
     if out.exists() and force and not (out / marker).is_file():
         raise BadInput(f"is not replaced: it holds no {marker}.", file=out, remedy="Choose another folder.")
     if out.exists() and not force:
@@ -208,9 +210,15 @@ def new_folder(out: str | Path, *, force: bool, marker: str = "domain.json") -> 
         if out.exists():
             replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent)) / out.name
             out.replace(replaced)
-        folder.replace(out)
-        if replaced is not None:
-            shutil.rmtree(replaced.parent)
+        try:
+            folder.replace(out)
+        except OSError:
+            if replaced is not None:
+                replaced.replace(out)
+            raise
+        finally:
+            if replaced is not None:
+                shutil.rmtree(replaced.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

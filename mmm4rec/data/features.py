@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -131,6 +131,7 @@ class ItemFeatures:
     vectors: dict[Modality, Tensor]  # [I + 1, F] float32; a modality that the domain lacks has no entry
     present: dict[Modality, Tensor]  # [I + 1] bool
     encoders: dict[Modality, str]
+    digests: dict[Modality, str] = field(default_factory=dict)  # which vectors these are
 
     @property
     def dimensions(self) -> dict[Modality, int]:
@@ -151,6 +152,7 @@ def load_features(domain: Domain, modalities: Sequence[Modality], *, shuffle_see
         vectors={table.modality: _padded(np.asarray(table.vectors, dtype=np.float32)) for table in tables},
         present={table.modality: _padded(table.present) for table in tables},
         encoders={table.modality: table.encoder for table in tables},
+        digests={table.modality: table.digest for table in tables},
     )
 
 

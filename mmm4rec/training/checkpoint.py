@@ -24,15 +24,28 @@ from mmm4rec.models.recommender import Recommender
 from mmm4rec.training.loop import EpochReport, Run, RunState
 
 SCHEMA_VERSION = 1
-PER_ITEM = ("ids.", "fusion")  # belong to one domain's items
 
 
-def save_last(path: Path, run: Run, config: dict[str, Any]) -> None:
-    """Write all that the run needs to continue, in one atomic move."""
+def identity(description: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a run to go on: config, domains, features and initial weights, wherever they lie on disk."""
+    config = {**description["config"], "init": None, "data": {**description["config"]["data"], "domains": None}}
+    return {"config": config, **{key: description[key] for key in ("fingerprints", "features", "init")}}
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], *, file: Path) -> None:
+    """Raise BadInput, with the differences, unless both descriptions are of one run."""
+    differences = _differences(identity(saved), identity(now))
+    if differences:
+        rule = f"belongs to another run ({', '.join(differences)})."
+        raise BadInput(rule, file=file, remedy="Resume with what it began with, or start anew in another folder.")
+
+
+def save_last(path: Path, run: Run, description: dict[str, Any]) -> None:
+    """Write all that the run needs to continue, in one atomic move. `description` says which run it is."""
     state = run.state
     content = {
         "schema_version": SCHEMA_VERSION,
-        "config": json.dumps(config),
+        "description": json.dumps(description),
         "model": run.model.state_dict(),
         "optimizer": {} if run.optimizer is None else run.optimizer.state_dict(),
         "best_weights": state.best_weights,
@@ -46,20 +59,18 @@ def save_last(path: Path, run: Run, config: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_last(path: Path, run: Run, config: dict[str, Any]) -> None:
-    """Put the run where `save_last` left it. Raises BadInput when the file is broken or of another config."""
+def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
+    """Put the run where `save_last` left it. Raises BadInput when the file is broken or of another run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        saved_config = json.loads(content["config"])
+        saved = json.loads(content["description"])
     except Exception as error:  # torch.load raises many kinds; all mean that this is no checkpoint of ours
         raise BadInput(f"is no checkpoint of a run ({error}).", file=path, remedy="Start the run anew in another folder.") from error
     if content["schema_version"] != SCHEMA_VERSION:
         raise BadInput(
             f"has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}.", file=path, remedy="Start anew."
         )
-    if saved_config != config:
-        changed = ", ".join(_differences(saved_config, config))
-        raise BadInput(f"belongs to a run with another config ({changed}).", file=path, remedy="Resume with the config it began with.")
+    check_identity(saved, description, file=path)
     run.model.load_state_dict(content["model"])
     if run.optimizer is not None:
         run.optimizer.load_state_dict(content["optimizer"])
@@ -74,6 +85,10 @@ def save_model(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any])
     content = save({name: tensor.contiguous() for name, tensor in weights.items()}, metadata={"mmm4rec": text})
     write_atomically(path, content)
     return hashlib.sha256(content).hexdigest()[:16]
+
+
+def hash_file(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,7 +124,7 @@ class Transfer:
 
 @torch.no_grad()
 def transfer(model: Recommender, weights: dict[str, Tensor], *, source: str | Path) -> Transfer:
-    """Carry weights into a model of a new domain: all but what belongs to single items.
+    """Carry weights into a model of a new domain: all but what belongs to single items (ids, fusion per item).
 
     A Fourier filter of another size takes the block of the frequencies that both have.
     Raises BadInput when any other tensor has another shape.
@@ -118,7 +133,7 @@ def transfer(model: Recommender, weights: dict[str, Tensor], *, source: str | Pa
     own = dict(model.named_parameters())
     for name, parameter in own.items():
         given = weights.get(name)
-        if name.startswith(PER_ITEM):
+        if name.startswith("ids.") or (name == "fusion" and 2 in {parameter.dim(), parameter.dim() if given is None else given.dim()}):
             (result.new if given is None else result.reset).append(name)
         elif given is None:
             result.new.append(name)

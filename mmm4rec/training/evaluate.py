@@ -18,6 +18,7 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
     """Ranks [len(users)] of the targets of the examples (users[k], ends[k]) among all of the domain's items.
 
     Items that a user has seen stay candidates, as in the published protocol. Each worker ranks its share.
+    Raises FloatingPointError when a score is not finite: a NaN is beaten by none and would rank first.
     """
     was_training = model.training
     model.eval()
@@ -28,7 +29,10 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
     parts = []
     for block_users, block_ends in in_order(share_users, share_ends, EVALUATION_BATCH):
         batch = data.batch(block_users, block_ends).to(device)
-        parts.append(ranks(model.scores(model.users(batch, catalogue), catalogue), batch.targets).cpu().numpy())
+        scores = model.scores(model.users(batch, catalogue), catalogue)
+        if not torch.isfinite(scores).all():
+            raise FloatingPointError(f"the model's scores on domain '{data.domain.name}' are not finite: its training diverged")
+        parts.append(ranks(scores, batch.targets).cpu().numpy())
     found = np.empty(len(order))
     found[order] = np.concatenate(parts) if parts else np.empty(0)
     model.train(was_training)

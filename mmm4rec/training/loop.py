@@ -17,12 +17,11 @@ from torch import Tensor
 from torch.optim import NAdam, Optimizer
 
 from mmm4rec.data.batches import DomainData, Plan, plan_epoch
-from mmm4rec.errors import BadInput
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
-from mmm4rec.training.metrics import METRIC_NAMES, metrics
+from mmm4rec.training.metrics import METRIC_NAMES, mean_metrics
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,6 @@ def fit(run: Run) -> Generator[EpochReport, None, None]:
 def _train_epoch(run: Run, epoch: int) -> float:
     """One pass over the examples; returns the mean loss."""
     plans = plan_epoch([data.train for data in run.data], run.config.batch_size, seed=run.seed, epoch=epoch)
-    if not plans:
-        raise BadInput("there is no training example: every user has fewer than 4 interactions.", remedy="Use a larger domain.")
     run.model.train()
     total_loss = 0.0
     for first in range(0, len(plans), run.config.accumulation):
@@ -173,8 +170,7 @@ def _summed_loss(run: Run, plan: Plan) -> Tensor | None:
 def _close_epoch(run: Run, *, epoch: int, loss: float | None, train_seconds: float) -> EpochReport:
     """Evaluate, keep the weights if they are the best, and put the report into the history."""
     started = time.perf_counter()
-    by_domain = [metrics(evaluate(run.model, data, *data.valid, run.device)) for data in run.data]
-    valid = {name: float(np.mean([values[name] for values in by_domain])) for name in METRIC_NAMES}
+    valid = mean_metrics(evaluate(run.model, data, *data.valid, run.device) for data in run.data)
     state, score = run.state, valid[run.config.valid_metric]
     if score >= state.best_score:
         state.best_score, state.best_epoch = score, epoch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,6 +27,12 @@ def metrics(rank: np.ndarray) -> dict[str, float]:
     result = {f"hit@{k}": float(found[k].mean()) for k in CUTOFFS}
     result |= {f"ndcg@{k}": float((gain * found[k]).mean()) for k in CUTOFFS}
     return result | {"mrr": float((1 / rank).mean())}
+
+
+def mean_metrics(ranks_by_domain: Iterable[np.ndarray]) -> dict[str, float]:
+    """Each domain's metrics, averaged over the domains."""
+    by_domain = [metrics(rank) for rank in ranks_by_domain]
+    return {name: float(np.mean([values[name] for values in by_domain])) for name in by_domain[0]}
 
 
 METRIC_NAMES = tuple(metrics(np.ones(1)))
