@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mmm4rec.config import merge
+from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
+from mmm4rec.models.mmm4rec import ModelConfig
 from studies.spec import Parameter, Spec
 
 FILTER_SIZE = "model.filter_size"
@@ -52,18 +53,30 @@ class Cell:
 def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
     """The study's cells in the spec's order, and warnings about time that had to be turned off.
 
-    Raises BadInput where a domain is unknown, or an arm searches a filter size that it has no filter for.
+    Raises BadInput where a domain is unknown or was pre-trained on, or an arm searches a filter size that it has no
+    filter for.
     """
     pairs = [(domain, arm) for group in spec.cells for domain in group.domains for arm in group.arms]
     unknown = sorted({domain for domain, _ in pairs} - set(sources))
     if unknown:
         raise BadInput(f"study '{spec.study}' names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
+    _check_unseen(spec, pairs, sources)
     cells = tuple(_build_cell(spec, domain, arm, sources[domain]) for domain, arm in pairs)
     timeless = sorted({domain for domain, _ in pairs if not sources[domain].has_timestamps})
     warnings = tuple(
         f"domain '{domain}' has no timestamps: time is off in its cells, and filter_size is not searched." for domain in timeless
     )
     return cells, warnings
+
+
+def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping[str, Source]) -> None:
+    """Pre-training reads every target of its sources, those of the test split too: a source is no target."""
+    pretrained_on = {name: sources[name].fingerprint for name in (spec.pretrain.sources if spec.pretrain else ()) if name in sources}
+    for domain, _ in pairs:
+        twins = [name for name, fingerprint in pretrained_on.items() if name == domain or fingerprint == sources[domain].fingerprint != ""]
+        if twins:
+            rule = f"study '{spec.study}' pre-trains on '{twins[0]}', test targets included, and has cells of it as '{domain}'."
+            raise BadInput(rule, remedy="Take it out of pretrain.sources or out of the cells.")
 
 
 def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
@@ -74,9 +87,9 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
         model["time"] = False
     training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
     space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
-    if not (model.get("time", True) and model.get("filter", True)):
+    if not from_dict(ModelConfig, model, source=f"cell {domain}/{arm_name}").has_filter:
         if arm.space.get(FILTER_SIZE) is not None:
-            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{domain}/{arm_name}' has no Fourier filter (time or filter is off)."
+            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{domain}/{arm_name}' has no Fourier filter to size."
             raise BadInput(rule, remedy="Take it out of the arm's space.")
         space.pop(FILTER_SIZE, None)
         model.pop("filter_size", None)

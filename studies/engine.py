@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
-from mmm4rec.run import RunConfig, execute
+from mmm4rec.run import Assembled, RunConfig, execute
 from studies.cells import Cell, nested
 from studies.mlflow_tracker import MlflowTracker
 from studies.plan import Plan
@@ -49,10 +49,13 @@ ENVIRONMENT = {
 }
 
 
-def start_ray(resources: Resources) -> None:
+RETRIES = 1  # of a trial that failed, from its last.ckpt, before its failure is recorded
+
+
+def start_ray(resources: Resources, *, workers: int = 1) -> None:
     """Join the cluster that this machine belongs to or RAY_ADDRESS names, or start Ray on this machine alone.
 
-    Raises BadInput where a trial asks for more than there is.
+    Raises BadInput where a trial, or the pre-training's `workers` together, ask for more than there is.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -66,6 +69,9 @@ def start_ray(resources: Resources) -> None:
         if there.get(kind, 0) < wanted:
             rule = f"a trial asks for {wanted} {kind}s, and Ray has {there.get(kind, 0):g}."
             raise BadInput(rule, remedy="Lower resources in the spec.")
+        if there.get(kind, 0) < (together := workers * (max(wanted, 1) if wanted and kind == "GPU" else wanted)):
+            rule = f"pre-training asks for {together} {kind}s, and Ray has {there.get(kind, 0):g}."
+            raise BadInput(rule, remedy="Lower pretrain.workers in the spec.")
 
 
 def run_config(cell: Cell, trial: Trial, pretrained: Path | None) -> RunConfig:
@@ -88,14 +94,20 @@ def run_trial(config: dict[str, Any]) -> None:
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", wait=True):
-        for row in read_curve(out):
-            _tell(row)
         if (out / "result.json").exists():
+            for row in read_curve(out):
+                _tell(row)
             return
         run = from_dict(RunConfig, config["run"], source=f"trial {out.name}")
-        with closing(execute(run, out, resume=True)) as reports:
+        with closing(execute(run, out, resume=True, on_start=_tell_history)) as reports:
             for report in reports:
                 _tell(to_dict(report))
+
+
+def _tell_history(assembled: Assembled) -> None:
+    """What last.ckpt knows: a kill may have come before the last of it was told."""
+    for report in assembled.run.state.history:
+        _tell(to_dict(report))
 
 
 def _tell(row: dict[str, Any]) -> None:
@@ -194,7 +206,9 @@ def run_cells(
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=RETRIES)
+        ),
     ).fit()
 
 

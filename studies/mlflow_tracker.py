@@ -13,6 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,8 @@ class MlflowTracker:
         self._cells = {cell.name: (position, cell) for position, cell in enumerate(cells)}
         self._runs: dict[tuple[str, str], str] = {}  # (phase, key) -> run id
         self._logged: dict[str, int] = {}  # trial_key -> epochs in MLflow
-        self._behind: set[str] = set()  # trials that MLflow did not take
         self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._error: Exception | None = None
+        self._failed: list[tuple[Callable[[], None], Exception]] = []  # what MLflow did not take, and its word
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
 
     def start(self) -> None:
@@ -66,12 +66,12 @@ class MlflowTracker:
     def flush(self) -> None:
         """Wait until MLflow has everything. Raises what MLflow raised, if it still does when asked again."""
         self._jobs.join()
-        self._error, behind, self._behind = None, self._behind, set()
-        for trial_key in behind:
-            self.trial(trial_key)
+        again, self._failed = self._failed, []
+        for job, _ in again:
+            self._jobs.put(job)
         self._jobs.join()
-        if self._error is not None:
-            raise self._error
+        if self._failed:
+            raise self._failed[0][1]
 
     def finish(self, artifacts: Iterable[Path]) -> None:
         """End the runs of the study and its cells, with the study's files; nothing stays RUNNING."""
@@ -85,25 +85,31 @@ class MlflowTracker:
 
     # What follows runs in the thread.
 
+    @cached_property
+    def _client(self) -> MlflowClient:
+        return MlflowClient(tracking_uri=store_uri(self._folder))
+
+    @cached_property
+    def _journal(self) -> Journal:
+        return Journal(self._journal_path)
+
     def _work(self) -> None:
-        self._client = MlflowClient(tracking_uri=store_uri(self._folder))
-        self._journal = Journal(self._journal_path)
         while (job := self._jobs.get()) is not None:
             try:
                 job()
             except Exception as error:
-                self._error = error
+                self._failed.append((job, error))
                 log.warning("MLflow did not take something (it is tried again at the end): %s", error)
             finally:
                 self._jobs.task_done()
         self._jobs.task_done()
-        self._journal.close()
+        if "_journal" in vars(self):
+            self._journal.close()
 
     def _mirror(self, trial_key: str) -> None:
         trial = self._journal.trial(trial_key)
         if trial.tracked:
             return
-        self._behind.add(trial_key)
         run, reports = self._trial_run(trial), self._journal.reports(trial_key)
         seconds = 0.0
         metrics: list[Metric] = []
@@ -116,7 +122,6 @@ class MlflowTracker:
         if trial.outcome != "running":
             self._end(run, trial, reports)
             self._journal.set_tracked(trial_key)
-        self._behind.discard(trial_key)
 
     def _end(self, run: str, trial: Trial, reports: Sequence[Report]) -> None:
         tags = {"mmm4rec.outcome": trial.outcome} | ({"mmm4rec.reason": trial.reason[:5000]} if trial.reason else {})
@@ -124,7 +129,9 @@ class MlflowTracker:
             tags |= _result_tags(trial.result)
             steps = next((r.row["optimizer_steps"] for r in reports if r.epoch == trial.result["best_epoch"]), 0)
             self._log(run, _result_metrics(trial.result, steps, trial.ended_ms or 0))
-        self._set(run, tags, {} if trial.result is None else flat(trial.result["config"]))
+        searched = set(trial.config)  # MLflow has these from the start, and takes no parameter twice
+        told = {} if trial.result is None else flat(trial.result["config"])
+        self._set(run, tags, {key: value for key, value in told.items() if key not in searched})
         self._client.set_terminated(run, STATUS[trial.outcome], end_time=trial.ended_ms)
 
     def _trial_run(self, trial: Trial) -> str:

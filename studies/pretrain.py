@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         spec = load_spec(told.spec)
         with open_study(spec, told.out, data=told.data) as study:
-            start_ray(spec.resources)
+            start_ray(spec.resources, workers=spec.pretrain.workers if spec.pretrain else 1)
             print(f"Checkpoint: {study.pretrain()}")
             study.tracker.flush()
     except BadInput as error:

@@ -87,7 +87,8 @@ def run_study(spec: Spec, out: Path, *, data: Path | None) -> int:
 
 
 def _work(study: Study) -> None:
-    start_ray(study.spec.resources)
+    pre = study.spec.pretrain
+    start_ray(study.spec.resources, workers=pre.workers if pre and pre.sources else 1)
     try:
         checkpoint = study.pretrain()
         seed_name = f"{study.spec.study} {study.spec.seed}"
@@ -109,10 +110,12 @@ def _report(study: Study) -> int:
     print(f"\n{table.to_markdown()}")
     print(f"Test metrics of the confirm trials, mean ± sd over seeds. Tables: {folder / 'tables'}. Figures: {folder / 'figures'}.")
     print(f"Every trial in MLflow: mlflow ui --backend-store-uri {store_uri(folder)}")
-    empty = [name for name in study.plan.cells if all(t.outcome != "finished" for t in journal.trials(name, "confirm"))]
-    if empty:
-        print(f"Without a result: {', '.join(empty)}.")
-    return 1 if empty else 0
+    finished = {name: sum(t.outcome == "finished" for t in journal.trials(name, "confirm")) for name in study.plan.cells}
+    wanted = {name: cell.confirm_seeds for name, cell in study.plan.cells.items()}
+    short = [f"{name} ({finished[name]} of {wanted[name]})" for name in wanted if finished[name] < wanted[name]]
+    if short:
+        print(f"Fewer confirm trials than the spec asks for: {', '.join(short)}.")
+    return 1 if short else 0
 
 
 def check(spec: Spec) -> tuple[Cell, ...]:

@@ -119,7 +119,7 @@ def transfer_table(cells: Sequence[TrackedCell]) -> Table:
 def _transfer_row(cell: TrackedCell, scratch: TrackedCell) -> tuple[Entry, ...]:
     by_seed = {trial.seed: trial for trial in cell.trials}
     pairs = [(by_seed[rival.seed], rival) for rival in scratch.trials if rival.seed in by_seed]
-    at_steps = [Sample(tuple(v for t, rival in pairs if (v := _best_until(t, share * rival.best_steps)) is not None)) for share in SHARES]
+    at_steps = [_at_steps(pairs, share) for share in SHARES]
     arrivals = [_arrival(trial, rival.best_valid) for trial, rival in pairs]
     last = [trial.curve[-1][0] for trial, _ in pairs]
     steps = tuple(end if steps is None else steps for steps, end in zip(arrivals, last, strict=True))
@@ -134,6 +134,12 @@ def _transfer_row(cell: TrackedCell, scratch: TrackedCell) -> tuple[Entry, ...]:
         Sample(steps, digits=0, at_least=reached < len(pairs)),
         f"{reached}/{len(pairs)}",
     )
+
+
+def _at_steps(pairs: Sequence[tuple[TrackedTrial, TrackedTrial]], share: float) -> Sample:
+    """The best values at a share of the rivals' steps; none where some seed has no report so early."""
+    values = [_best_until(trial, share * rival.best_steps) for trial, rival in pairs]
+    return Sample(tuple(value for value in values if value is not None) if None not in values else ())
 
 
 def _best_until(trial: TrackedTrial, steps: float) -> float | None:

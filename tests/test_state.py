@@ -218,8 +218,8 @@ def test_a_changed_spec_or_cell_is_refused(tmp_path: Path) -> None:
     plan.journal.pin("spec", {"model": {"width": 8}, "seed": 1})
     with pytest.raises(BadInput, match=r"another spec:\n  model\.width: 8 then, 16 now\n"):
         plan.journal.pin("spec", {"seed": 1, "model": {"width": 16}})
-    with pytest.raises(BadInput, match=r"another cell a/pretrained:\n  run\.model\.width: None then, 8 now"):
-        begin(tmp_path, spec(model={"width": 8}))
+    with pytest.raises(BadInput, match=r"another cell a/pretrained:\n  run\.model\.width: None then, 64 now"):
+        begin(tmp_path, spec(model={"width": 64}))
 
 
 def test_only_one_process_works_on_a_study(tmp_path: Path) -> None:
@@ -241,6 +241,20 @@ def test_an_arm_that_searches_a_filter_it_has_not_is_refused() -> None:
     arms = {"no_time": {"model": {"time": False}, "space": {"model.filter_size": {"choices": [3]}}}}
     with pytest.raises(BadInput, match=r"searches model\.filter_size"):
         cells_of(spec(arms=arms, cells=[{"domains": ["a"], "arms": ["no_time"]}]))
+
+
+def test_a_cell_without_a_fourier_filter_searches_no_filter_size() -> None:
+    arms = {"text": {"model": {"modalities": "text"}}, "add": {"model": {"cross": "add"}}, "sum": {"model": {"filter": False}}}
+    for cell in cells_of(spec(arms=arms, cells=[{"domains": ["a"], "arms": list(arms)}])):
+        assert list(cell.space) == ["training.learning_rate"]
+
+
+def test_a_domain_that_was_pre_trained_on_is_no_target() -> None:
+    with pytest.raises(BadInput, match="pre-trains on 'a', test targets included"):
+        cells_of(spec(pretrain={"sources": ["a"]}))
+    twins = {"s": Source("/s", "same", True), "a": Source("/a", "same", True), "b": Source("/b", "other", True)}
+    with pytest.raises(BadInput, match="pre-trains on 's', test targets included, and has cells of it as 'a'"):
+        build_cells(spec(), twins)
 
 
 def test_an_arm_takes_a_parameter_away_or_changes_it_and_a_baseline_searches_nothing() -> None:

@@ -80,6 +80,11 @@ class ModelConfig:
         return self.max_len // 2 + 1
 
     @property
+    def has_filter(self) -> bool:
+        """Whether there is a Fourier filter: it joins the time signals of two streams for Cross-SSD."""
+        return self.modalities == "both" and self.cross == "ssd" and self.time and self.filter
+
+    @property
     def streams(self) -> tuple[Modality, ...]:
         return MODALITIES if self.modalities == "both" else (self.modalities,)
 
@@ -136,8 +141,7 @@ class Layer(nn.Module):
         both = config.modalities == "both"
         self.cross = CrossSSD(config.ssd) if both and config.cross == "ssd" else None
         self.cross_norm = nn.LayerNorm(D, eps=eps) if both else None
-        filtered = self.cross is not None and config.time and config.filter
-        self.filter = FourierFilter(config.max_len, config.filter_size or config.frequencies) if filtered else None
+        self.filter = FourierFilter(config.max_len, config.filter_size or config.frequencies) if config.has_filter else None
 
     def forward(self, streams: list[Tensor], taus: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
         """streams [b, L, D] and taus [b, H, T], one a modality, text first -> the same for the next layer."""
