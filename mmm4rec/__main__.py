@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -119,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"mmm4rec: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FloatingPointError, OSError) as error:
         print(f"mmm4rec: {error}", file=sys.stderr)
         return 1
@@ -132,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     command = _command(commands, "prepare", prepare_command, "raw files -> a domain", "mmm4rec prepare raw/Gift_Cards domains/Gift_Cards")
     command.add_argument("src", type=Path, help="an Amazon 2018 category or a UniSRec/MISSRec folder")
     command.add_argument("out", type=Path, help="folder of the new domain")
-    command.add_argument("--name", help="name of the domain (default: that of OUT)")
+    command.add_argument("--name", help="name of the domain (default: the source's)")
     command.add_argument("--k-core", type=int, default=5, help="users and items with fewer interactions go (raw Amazon; default 5)")
     command.add_argument("--force", action="store_true", help="replace an existing domain")
 
