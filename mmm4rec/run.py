@@ -213,6 +213,7 @@ def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
         }
         pd.concat(tables).to_parquet(out / "ranks.parquet", index=False)
         write_atomically(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    distributed.wait_for_all()  # no worker may end, and take the group down, before the files stand
     return result
 
 

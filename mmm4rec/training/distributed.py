@@ -33,6 +33,12 @@ def sum_gradients(parameters: Iterable[Parameter]) -> None:
         parameter.grad = part.view_as(parameter)
 
 
+def wait_for_all() -> None:
+    """Return when every worker has come here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
 def sum_number(value: float) -> float:
     """The sum of a number over the workers."""
     return sum(_gather(value))
