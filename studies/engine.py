@@ -125,9 +125,11 @@ def read_curve(out: Path) -> list[dict[str, Any]]:
 class StudySearcher(Searcher):
     """Asks the plan for the next trial."""
 
-    def __init__(self, plan: Plan, suggestions: Suggestions, launch: Callable[[Trial], dict[str, Any]]) -> None:
+    def __init__(
+        self, plan: Plan, suggestions: Suggestions, launch: Callable[[Trial], dict[str, Any]], give_up: Callable[[str], None]
+    ) -> None:
         super().__init__()
-        self._plan, self._suggestions, self._launch = plan, suggestions, launch
+        self._plan, self._suggestions, self._launch, self._give_up = plan, suggestions, launch, give_up
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         trial = self._plan.next_trial(self._suggestions.suggest)
@@ -136,7 +138,9 @@ class StudySearcher(Searcher):
         return Searcher.FINISHED if self._plan.done() else None  # type: ignore[return-value]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """The scheduler has heard it."""
+        """Of an end the scheduler has heard; but only a searcher is not told of a failure that Tune retries."""
+        if error:
+            self._give_up(trial_id)
 
     def save(self, checkpoint_path: str) -> None:
         """Ray's own restore is never used."""
@@ -151,6 +155,7 @@ class StudyScheduler(FIFOScheduler):
     def __init__(self, plan: Plan, suggestions: Suggestions, tracker: MlflowTracker, progress: Progress) -> None:
         super().__init__()
         self._plan, self._suggestions, self._tracker, self._progress = plan, suggestions, tracker, progress
+        self._erring: dict[str, TuneTrial] = {}  # by Tune's id
 
     def on_trial_result(self, controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
         key = trial.config["trial_key"]
@@ -168,6 +173,12 @@ class StudyScheduler(FIFOScheduler):
             self._end(trial, "failed", reason="ended without a result.json")
 
     def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
+        """Called for a failure that Tune retries as for a last one."""
+        self._erring[trial.trial_id] = trial
+
+    def give_up(self, trial_id: str) -> None:
+        """The failure was the last."""
+        trial = self._erring[trial_id]
         self._end(trial, "failed", reason=_read_error(trial))
 
     def _end(self, trial: TuneTrial, outcome: Any, **facts: Any) -> None:
@@ -193,13 +204,14 @@ def run_cells(
         out = (folder / "trials" / trial.trial_key).resolve()
         return {"trial_key": trial.trial_key, "out": str(out), "run": run, "cpus": resources.cpus}
 
+    scheduler = StudyScheduler(plan, suggestions, tracker, Progress(plan))
     storage = (folder / "ray").resolve()
     shutil.rmtree(storage / "tune", ignore_errors=True)
     tune.Tuner(
         tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus}),
         tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(plan, suggestions, launch),
-            scheduler=StudyScheduler(plan, suggestions, tracker, Progress(plan)),
+            search_alg=StudySearcher(plan, suggestions, launch, scheduler.give_up),
+            scheduler=scheduler,
             num_samples=-1,
             max_concurrent_trials=resources.concurrent,
             reuse_actors=True,

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -57,12 +58,26 @@ TRIALS = {("search", arm): 3 for arm in ("pretrained", "scratch", "no_time")}
 TRIALS |= {("confirm", arm): 2 for arm in ("pretrained", "scratch", "no_time")} | {("confirm", "popularity"): 1}
 
 
-def start(folder: Path) -> subprocess.Popen[str]:
+def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
     spec = folder / "tiny.yaml"
-    spec.write_text(yaml.safe_dump(SPEC))
+    spec.write_text(yaml.safe_dump({**SPEC, **changes}))
     command = [sys.executable, str(ROOT / "studies" / "transfer_sweep.py"), "--spec", str(spec), "--out", str(folder)]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
+
+
+def trial_workers(driver: int) -> list[int]:
+    """The processes below this one that run trials."""
+    parents, names = {}, {}
+    for process in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
+        with suppress(OSError):
+            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            names[int(process.name)] = (process / "cmdline").read_bytes()
+
+    def is_below(pid: int) -> bool:
+        return pid == driver or (pid in parents and is_below(parents[pid]))
+
+    return [pid for pid, name in names.items() if b"ImplicitFunc.train" in name and is_below(pid)]
 
 
 def ended(folder: Path) -> dict[str, tuple]:
@@ -91,6 +106,30 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
     output, _ = driver.communicate(timeout=280)
     assert driver.returncode == 0, output
     return folder / "tiny", before, output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc, which Linux has")
+def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    write_demo(tmp_path / "tiny" / "domains", config=TINY)
+    budget = {"search_trials": 2, "epochs": 20, "grace_epochs": 20, "confirm_seeds": 1}
+    cells = [{"domains": ["attic"], "arms": ["scratch"]}]
+    driver = start(tmp_path, pretrain=None, arms={"scratch": {}}, cells=cells, budget=budget, training={"batch_size": 64, "patience": 20})
+    killed: list[int] = []
+    while driver.poll() is None and not killed:
+        if any((tmp_path / "tiny" / "trials").glob("*/last.ckpt")):
+            killed = trial_workers(driver.pid)[:1]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    output, _ = driver.communicate(timeout=240)
+    assert killed
+    assert driver.returncode == 0, output
+    journal = Journal(tmp_path / "tiny" / "study.sqlite3")
+    assert [trial.outcome for trial in journal.trials()] == ["finished"] * 3, output
+    for trial in journal.trials():
+        assert [report.epoch for report in journal.reports(trial.trial_key)] == list(range(1, 21))
 
 
 @pytest.mark.slow
