@@ -97,16 +97,16 @@ def evaluate_command(args: argparse.Namespace) -> None:
     from mmm4rec.training.evaluate import evaluate
     from mmm4rec.training.metrics import metrics
 
-    model, data, device = open_model(args.model, args.domain, device=args.device, unseen=True)
+    model, data, device = open_model(args.model, args.domain, device=args.device, unseen=True, mask_seen=args.mask_seen)
     users, ends = data.domain.examples(args.split)
     values = metrics(evaluate(model, data, users, ends, device))
-    _print({"domain": data.domain.name, "fingerprint": data.domain.fingerprint, "split": args.split, "users": len(users), **values})
+    _print({"domain": data.domain.name, "fingerprint": data.fingerprint, "split": args.split, "users": len(users), **values})
 
 
 def recommend_command(args: argparse.Namespace) -> None:
     from mmm4rec.inference import open_model, recommend
 
-    model, data, device = open_model(args.model, args.domain, device=args.device)
+    model, data, device = open_model(args.model, args.domain, device=args.device, mask_seen=args.mask_seen)
     for line in recommend(model, data, device, users=args.user, top=args.top):
         print(json.dumps(line, ensure_ascii=False))
 
@@ -195,6 +195,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", type=Path, required=True, help="best.safetensors of a run")
     command.add_argument("--domain", type=Path, required=True)
     command.add_argument("--device", default="auto")
+    seen = "leave the items of a user's history out of the ranking (default: as in the model's own run)"
+    command.add_argument("--mask-seen", action=argparse.BooleanOptionalAction, help=seen)
 
 
 def _print(values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,20 @@ from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.recommender import Recommender
-from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device
+from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device, domain_data
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.evaluate import EVALUATION_BATCH
 
 
 def open_model(
-    model_file: str | Path, domain_folder: str | Path, *, device: str = "auto", unseen: bool = False
+    model_file: str | Path, domain_folder: str | Path, *, device: str = "auto", unseen: bool = False, mask_seen: bool | None = None
 ) -> tuple[Recommender, DomainData, torch.device]:
     """The model of a `best.safetensors` on a domain, ready to rank.
 
     A model with something learned for single items ranks the domain that it was trained on; another
     ranks any domain that has features of its encoder (zero-shot). With `unseen`, a model that was
-    pre-trained on the domain's own test targets is refused. Raises BadInput when model and domain do not fit.
+    pre-trained on the domain's own test targets is refused. `mask_seen` None: as in the model's own run.
+    Raises BadInput when model and domain do not fit.
     """
     weights, metadata = load_model(model_file)
     config = from_dict(RunConfig, metadata["config"], source=str(model_file))
@@ -52,9 +54,9 @@ def open_model(
     else:
         model = Popularity(domain) if config.recommender == "popularity" else LastItem()
     model.load_state_dict(weights)
-    nothing = np.empty(0, dtype=np.int64)
-    data = DomainData(domain, features.to(chosen), (nothing, nothing), (nothing, nothing), config.model.max_len, config.model.time)
-    return model.to(chosen).eval(), data, chosen
+    if mask_seen is not None:
+        config = replace(config, data=replace(config.data, mask_seen=mask_seen))
+    return model.to(chosen).eval(), domain_data(config, domain, features.to(chosen)), chosen
 
 
 @torch.inference_mode()
@@ -63,7 +65,8 @@ def recommend(
 ) -> Iterator[dict[str, Any]]:
     """For each user (by the source's id) the `top` items after the whole history: `user`, `items`, `scores`.
 
-    Items of the history stay candidates: people buy some things again. Raises BadInput on an unknown user.
+    Items of the history stay candidates, for people buy some things again, unless `data.mask_seen`.
+    Raises BadInput on an unknown user.
     """
     domain = data.domain
     user_ids = pd.Index(pd.read_parquet(domain.path / "users.parquet")["user"])
@@ -77,6 +80,7 @@ def recommend(
         batch = data.inputs(block, ends).to(device)
         scores = model.scores(model.users(batch, catalogue), catalogue)
         scores[:, 0] = -torch.inf
+        data.mask(scores, batch)
         best = scores.topk(min(top, domain.n_items), dim=1)
         for user, items, values in zip(batch.users, best.indices.cpu().numpy(), best.values.tolist(), strict=True):
             yield {"user": str(user_ids[user]), "items": item_ids[items - 1].tolist(), "scores": values}

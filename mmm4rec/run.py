@@ -20,7 +20,7 @@ import torch
 
 from mmm4rec import __version__
 from mmm4rec.config import to_dict
-from mmm4rec.data.batches import DomainData
+from mmm4rec.data.batches import DomainData, TimeView
 from mmm4rec.data.domain import Domain, Split, open_domain, write_atomically
 from mmm4rec.data.features import ItemFeatures, Modality, load_features
 from mmm4rec.errors import BadInput
@@ -46,6 +46,7 @@ class DataConfig:
     examples: Literal["train", "all"] = "train"  # all: validation and test targets too, for pre-training on sources
     heldout_users: float = 0.05  # with `all`: the share of users kept out of training; their last item is the validation
     shuffle_features: int | None = None  # seed that deals the features out anew among the items: a control
+    mask_seen: bool = False  # evaluation: items of a user's history are no candidates; part of the fingerprint
 
     def __post_init__(self) -> None:
         if not self.domains:
@@ -102,8 +103,10 @@ def assemble(config: RunConfig) -> Assembled:
         check_encoders(metadata, features, domains, config.init)
         check_unseen(metadata, domains, config.init)
         moved, init_hash = transfer(model, weights, source=config.init), hash_file(config.init)
+        if moved.dropped_layers:
+            log.warning("%s: %s", config.init, moved)
     data = [_domain_data(config, domain, part) for domain, part in zip(domains, features, strict=True)]
-    run = Run(model, data, config.training, config.seed, device)
+    run = Run(model, data, config.training, config.seed, device, config.model.quirks)
     description = {
         "config": to_dict(config),
         "fingerprints": {domain.name: domain.fingerprint for domain in domains},
@@ -196,7 +199,7 @@ def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
     if "test" in splits:
         result["test"] = mean_metrics(table["rank"].to_numpy() for table in tables if table["split"].iloc[0] == "test")
     if distributed.rank() == 0:
-        fingerprints = assembled.description["fingerprints"]
+        fingerprints = {data.domain.name: data.fingerprint for data in run.data}
         train_seconds, valid_seconds = (sum(getattr(r, name) for r in state.history) for name in ("train_seconds", "valid_seconds"))
         result |= {
             **assembled.description,
@@ -233,7 +236,20 @@ def _domain_data(config: RunConfig, domain: Domain, features: ItemFeatures) -> D
     if not len(valid[0]) or (not len(train[0]) and config.training.epochs):
         rule = f"has {len(train[0])} training and {len(valid[0])} validation examples; a run needs some of both."
         raise BadInput(rule, file=domain.path, remedy="Users need 4 interactions (pre-training: 2); prepare a larger domain.")
-    return DomainData(domain, features, train, valid, config.model.max_len, config.model.time)
+    return domain_data(config, domain, features, train, valid)
+
+
+Examples = tuple[np.ndarray, np.ndarray]  # users, ends
+NO_EXAMPLES: Examples = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
+def domain_data(
+    config: RunConfig, domain: Domain, features: ItemFeatures, train: Examples = NO_EXAMPLES, valid: Examples = NO_EXAMPLES
+) -> DomainData:
+    """The domain as a run of this config reads it."""
+    model, quirks = config.model, config.model.quirks
+    view = TimeView(quirks.label_time, quirks.zero_stamps)
+    return DomainData(domain, features, train, valid, model.max_len, model.time, view, config.data.mask_seen)
 
 
 def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:

@@ -19,7 +19,7 @@ from mmm4rec.data.features import ItemFeatures, load_features
 from mmm4rec.models.blocks import FourierFilter
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.published import our_name, our_weights
-from mmm4rec.models.ssd import quadratic, recurrence
+from mmm4rec.models.quirks import Quirks
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.stem for path in GOLDEN.glob("fused_*.npz"))
@@ -37,23 +37,14 @@ SWITCHES: list[dict] = [
     {"time_encoding": "layer_norm"},
     {"layers": 2},
     {"groups": 1},
-    {"scaled_skip": True},
+    {"time_step": "scale"},
+    {"time_step": "scale", "time_gate": "position", "layers": 2},
+    {"time_encoding": "masked_norm"},
+    {"cross_activation": "hardswish"},
+    {"conv_width": 1},
+    {"conv_width": 7},
+    {"quirks": Quirks(scaled_skip=True, tiny_epsilon=True, raw_gap_dropout=True)},
 ]
-
-
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 7, 20])
-def test_quadratic_scan_is_the_recurrence(length: int, groups: int) -> None:
-    torch.manual_seed(0)
-    x = torch.randn(3, length, 4, 5, dtype=torch.float64, requires_grad=True)
-    delta = F.softplus(torch.randn(3, length, 4, dtype=torch.float64)).requires_grad_()
-    a = -torch.rand(4, dtype=torch.float64)
-    B, C = (torch.randn(3, length, groups, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    weight = torch.randn(3, length, 4, 5, dtype=torch.float64)
-    outputs = [scan(x, delta, a, B, C) for scan in (recurrence, quadratic)]
-    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
-    gradients = [torch.autograd.grad((y * weight).sum(), (x, delta, B, C)) for y in outputs]
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -64,9 +55,9 @@ def test_published_model_to_the_last_digit(variant: str) -> None:
     match = re.fullmatch(r"fused_L(\d)_(time|notime)_(bias|nobias)_(static|dynamic_\w+?)(_cleants)?", variant)
     assert match is not None
     layers, time, ids, fusion, clean = match.groups()
-    config = ModelConfig(
+    config = ModelConfig.published(
         width=64, ffn_width=64, head_width=16, state=16, layers=int(layers), time=time == "time", ids=ids == "bias",
-        fusion=fusion, time_encoding="layer_norm", scaled_skip=True, dropout=0.0,
+        fusion=fusion, dropout=0.0,
     )  # fmt: skip
     present = torch.ones(51, dtype=torch.bool)
     vectors = {"text": parameters["text_embedding"], "image": parameters["vision_embedding"]}
@@ -81,7 +72,7 @@ def test_published_model_to_the_last_digit(variant: str) -> None:
     gaps = torch.from_numpy(np.diff(stamps, axis=1, prepend=stamps[:, :1]).astype(np.float64))
     items, targets = torch.from_numpy(inputs["item_seq"]), torch.from_numpy(inputs["labels"])
     group = Group(items, torch.from_numpy(inputs["lengths"]), gaps, torch.ones(items.shape, dtype=torch.bool))
-    batch = Batch((group,), targets, inputs["user"])
+    batch = Batch((group,), targets, inputs["user"], inputs["lengths"])
     catalogue = model.items(features)
     users = model.users(batch, catalogue)
     scores = model.scores(users, catalogue)
@@ -129,7 +120,7 @@ def test_grouping_and_padding_change_no_score(make_domain: Callable[..., Domain]
         alone = make_batch(domain, user, ends[user], max_len=8, time=True).groups[0]
         padded = torch.full((1, 8), 5)
         padded[:, : alone.items.shape[1]] = alone.items
-        stretched = Batch((replace(alone, items=padded),), torch.zeros(1, dtype=torch.long), user)
+        stretched = Batch((replace(alone, items=padded),), torch.zeros(1, dtype=torch.long), user, ends[user])
         torch.testing.assert_close(score(model, features, stretched)[0], together[row], rtol=1e-10, atol=1e-10)
 
 

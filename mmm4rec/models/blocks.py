@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmm4rec.models.ssd import quadratic
+from mmm4rec.models.ssd import Implementation, scan
+
+TimeStep = Literal["shift", "scale"]
+Activation = Literal["silu", "hardswish"]
+ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish}
+SHIFT_SPAN = 6.0  # the heads' weights start at -6 ... 6: a step of softplus(6 * tau) against softplus(-6 * tau)
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,10 @@ class SSDConfig:
     conv_width: int  # K
     max_len: int  # T
     dropout: float
-    time: bool
+    time_step: TimeStep | None  # how a time signal acts on the steps; None: there is none
+    time_gate: Literal["head", "position"]
+    cross_activation: Activation
+    scan: Implementation
     scaled_skip: bool
     norm_eps: float
 
@@ -56,21 +65,38 @@ class CausalConv(nn.Module):
         return y
 
 
-class TimeScale(nn.Module):
-    """What a time signal does to the steps of the scan (published code: mlp4time_scale and two convolutions)."""
+class TimeShift(nn.Module):
+    """A time signal moves the steps: after a long pause some heads write more and forget more, others less.
+
+    A departure from the paper, which scales the steps (`TimeScale`): a shift acts from the first training step on.
+    """
 
     def __init__(self, config: SSDConfig) -> None:
         super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-SHIFT_SPAN, SHIFT_SPAN, config.heads))
+
+    def forward(self, step: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """step [b, L, H] before softplus and tau [b, H, T] -> the moved steps and tau as it came."""
+        return step + tau.transpose(1, 2)[:, : step.shape[1]] * self.weight, tau
+
+
+class TimeScale(nn.Module):
+    """A time signal scales the steps (published code: mlp4time_scale and two convolutions)."""
+
+    def __init__(self, config: SSDConfig, activation: Activation = "silu") -> None:
+        super().__init__()
         T, H, K = config.max_len, config.heads, config.conv_width
         self.dropout = nn.Dropout(config.dropout)
+        self.activation = ACTIVATIONS[activation]
         self.first, self.second = nn.Linear(T, T), nn.Linear(T, T)
         self.conv_first, self.conv_second = CausalConv(H, K), CausalConv(H, K)
 
-    def forward(self, tau: Tensor) -> Tensor:
-        """tau [b, H, T] -> factors of the steps [b, T, H]."""
+    def forward(self, step: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+        """step [b, L, H] before softplus and tau [b, H, T] -> the scaled steps and the factors [b, H, T]."""
         scale = F.tanhshrink(self.second(F.silu(self.first(self.dropout(tau)))))
         signal = (tau * scale).transpose(1, 2)  # [b, T, H]
-        return F.silu(self.conv_second(F.silu(self.conv_first(signal))))
+        factor = self.activation(self.conv_second(self.activation(self.conv_first(signal))))
+        return step * factor[:, : step.shape[1]], factor.transpose(1, 2)
 
 
 class Scan(nn.Module):
@@ -93,7 +119,7 @@ class Scan(nn.Module):
         x = x.unflatten(-1, (config.heads, config.head_width))  # [b, L, H, P]
         B, C = (part.unflatten(-1, (config.groups, config.state)) for part in (B, C))  # [b, L, G, N]
         delta = F.softplus(step + self.step_bias)
-        y = quadratic(x, delta, -torch.exp(self.log_a), B, C)
+        y = scan(x, delta, -torch.exp(self.log_a), B, C, implementation=config.scan)
         skipped = x * delta[..., None] if config.scaled_skip else x
         y = (y + self.skip[:, None] * skipped).flatten(-2) * F.silu(gate)  # [b, L, E]
         return self.out(F.rms_norm(y, y.shape[-1:], self.norm_weight, config.norm_eps))
@@ -110,10 +136,12 @@ class TimeSSD(nn.Module):
         self.proj = nn.Linear(config.width, sum(self.sizes))
         self.conv = CausalConv(E + 2 * GN, config.conv_width)
         self.scan = Scan(config)
-        if config.time:
+        if config.time_step == "shift":
+            self.time_shift = TimeShift(config)
+        elif config.time_step == "scale":
             self.time_scale = TimeScale(config)
             self.time_dropout = nn.Dropout(config.dropout)
-            self.time_gate = nn.Linear(T, 1)
+            self.time_gate = nn.Linear(T, 1 if config.time_gate == "head" else T)
             self.time_norm = nn.LayerNorm(T, eps=config.norm_eps)
 
     def forward(self, u: Tensor, tau: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -122,11 +150,12 @@ class TimeSSD(nn.Module):
         gate, xBC, step = self.proj(u).split(self.sizes, dim=-1)
         GN = config.groups * config.state
         x, B, C = F.silu(self.conv(xBC)).split((config.inner, GN, GN), dim=-1)
-        if tau is not None:
-            factor = self.time_scale(tau)  # [b, T, H]
-            step = step * factor[:, : u.shape[1]]
-            keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [b, H, 1]
-            tau = self.time_norm(keep * tau + (1 - keep) * factor.transpose(1, 2))
+        if tau is not None and config.time_step == "shift":
+            step, tau = self.time_shift(step, tau)
+        elif tau is not None:
+            step, factor = self.time_scale(step, tau)
+            keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [b, H, 1 or T]
+            tau = self.time_norm(keep * tau + (1 - keep) * factor)
         return self.scan(x, B, C, step, gate), tau
 
 
@@ -144,17 +173,20 @@ class CrossSSD(nn.Module):
         self.context_conv = CausalConv(E + GN, config.conv_width)
         self.query_conv = CausalConv(GN, config.conv_width)
         self.scan = Scan(config)
-        if config.time:
-            self.time_scale = TimeScale(config)
+        self.activation = ACTIVATIONS[config.cross_activation]
+        if config.time_step == "shift":
+            self.time_shift = TimeShift(config)
+        elif config.time_step == "scale":
+            self.time_scale = TimeScale(config, config.cross_activation)
 
     def forward(self, query: Tensor, context: Tensor, tau: Tensor | None) -> Tensor:
         """query and context [b, L, D], tau [b, H, T] or None -> [b, L, D]."""
         config = self.config
         xB, step = self.context_proj(context).split(self.sizes, dim=-1)
-        x, B = F.silu(self.context_conv(xB)).split((config.inner, config.groups * config.state), dim=-1)
-        C = F.silu(self.query_conv(self.query_proj(query)))
+        x, B = self.activation(self.context_conv(xB)).split((config.inner, config.groups * config.state), dim=-1)
+        C = self.activation(self.query_conv(self.query_proj(query)))
         if tau is not None:
-            step = step * self.time_scale(tau)[:, : query.shape[1]]
+            step, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(step, tau)
         return self.scan(x, B, C, step, self.gate_proj(query + context))
 
 

@@ -6,16 +6,16 @@ n rows of a catalogue (I + 1, or fewer), D width, H heads, F width of a feature 
 The text stream is what the published code calls the encoder, the image stream the decoder: the user
 is read off the image stream. With one modality its stream alone remains, without Cross-SSD.
 
-Departures from the published code, all by default and each with a switch where one is useful:
-the skip of the scan reads its input, not the delta-scaled input (`scaled_skip`); time enters as the
-logarithm of the gaps between real items (`time_encoding`); padding is never ranked; a missing feature
-is a learned vector; the item tables and per-item fusion start anew in a new domain.
+Departures from the published code, all by default and each with a switch: none of the release's faults
+(`Quirks`); time enters as the logarithm of the gaps between real items (`time_encoding`) and moves the steps
+of the scan (`time_step`). Besides: padding is never ranked; a missing feature is a learned vector; the item
+tables and per-item fusion start anew in a new domain. `ModelConfig.published()` is the release.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,10 @@ from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch, Group
 from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
-from mmm4rec.models.blocks import CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD
+from mmm4rec.models.blocks import Activation, CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD, TimeStep
+from mmm4rec.models.quirks import Quirks
 from mmm4rec.models.recommender import Catalogue, Recommender
+from mmm4rec.models.ssd import Implementation
 
 LOG_GAP_UNIT = 10.0  # log1p(gap_seconds) / 10: six hours are 1.0, a year is 1.7
 
@@ -46,14 +48,17 @@ class ModelConfig:
     modalities: Literal["both", "text", "image"] = "both"
     ids: bool = True  # a learned vector an item and modality, added to its projected features
     time: bool = True
-    time_encoding: Literal["log", "layer_norm"] = "log"
+    time_encoding: Literal["log", "masked_norm", "layer_norm"] = "log"  # of the gaps; layer_norm is the published one
+    time_step: TimeStep = "shift"  # how time acts on the scan's steps; scale is the published one
+    time_gate: Literal["head", "position"] = "head"  # with `scale`: gates of the signal that a layer passes on (release: p2p_residual)
     filter: bool = True  # off: the two time signals are added
     filter_size: int | None = None  # lowest frequencies that the Fourier filter keeps; None: all, max_len // 2 + 1
     cross: Literal["ssd", "add"] = "ssd"
     fusion: Literal["static", "dynamic_shared", "dynamic_instance"] = "static"
+    cross_activation: Activation = "silu"  # of Cross-SSD; the release takes hardswish where causal_conv1d is not installed
     temperature: float = 0.8
-    scaled_skip: bool = False
-    norm_eps: float = 1e-12
+    scan: Implementation = "auto"  # how the scan is computed; the numbers agree to float tolerance
+    quirks: Quirks = Quirks()
 
     def __post_init__(self) -> None:
         sizes = ("width", "layers", "ffn_width", "expand", "head_width", "state", "conv_width", "max_len")
@@ -71,6 +76,11 @@ class ModelConfig:
         if self.filter_size is not None and not 1 <= self.filter_size <= self.frequencies:
             raise ValueError(f"filter_size is {self.filter_size}; with max_len {self.max_len} it must be in 1..{self.frequencies}.")
 
+    @classmethod
+    def published(cls, **changes: Any) -> ModelConfig:
+        """The release: its time input, and all its quirks. Train it with weight_decay=5e-3, which summed gradients go with."""
+        return cls(**{"time_encoding": "layer_norm", "time_step": "scale", "quirks": Quirks.published(), **changes})
+
     @property
     def heads(self) -> int:
         return self.expand * self.width // self.head_width
@@ -78,6 +88,10 @@ class ModelConfig:
     @property
     def frequencies(self) -> int:
         return self.max_len // 2 + 1
+
+    @property
+    def norm_eps(self) -> float:
+        return 1e-12 if self.quirks.tiny_epsilon else 1e-5
 
     @property
     def has_filter(self) -> bool:
@@ -99,33 +113,49 @@ class ModelConfig:
             conv_width=self.conv_width,
             max_len=self.max_len,
             dropout=self.dropout,
-            time=self.time,
-            scaled_skip=self.scaled_skip,
+            time_step=self.time_step if self.time else None,
+            time_gate=self.time_gate,
+            cross_activation=self.cross_activation,
+            scan=self.scan,
+            scaled_skip=self.quirks.scaled_skip,
             norm_eps=self.norm_eps,
         )
 
 
 class TimeInput(nn.Module):
-    """Gaps between items -> the first time signal.
+    """Gaps between items -> the first time signal, scaled and shifted by position. Where no gap may be read:
 
-    `log`: the logarithm of the gaps, dropped out, scaled and shifted by position; the padding is zero.
-    `layer_norm`: the published form, raw seconds dropped out and normalised over all T positions.
+    `log`: the signed logarithm of the gaps; 0 in the padding.
+    `masked_norm`: the gaps normalised over the positions that hold one; 0 in the padding. The unit is lost.
+    `layer_norm`: the published form, the gaps normalised over all T positions, padding included.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoding, self.heads = config.time_encoding, config.heads
-        self.dropout = nn.Dropout(config.dropout)
+        self.gap_dropout = nn.Dropout(config.dropout if config.quirks.raw_gap_dropout else 0.0)
         self.norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
-    def forward(self, gap_seconds: Tensor, real: Tensor) -> Tensor:
-        """gap_seconds and real [b, T] -> tau [b, H, T]."""
+    def forward(self, gap_seconds: Tensor, timed: Tensor) -> Tensor:
+        """gap_seconds and timed [b, T] -> tau [b, H, T]."""
+        gaps = self.gap_dropout(gap_seconds * timed)
         if self.encoding == "layer_norm":
-            tau = self.norm(self.dropout(gap_seconds))
+            tau = self.norm(gaps)
         else:
-            signal = self.dropout(torch.log1p(gap_seconds.clamp(min=0)) / LOG_GAP_UNIT)
-            tau = (signal * self.norm.weight + self.norm.bias) * real
+            signal = log_gaps(gaps) if self.encoding == "log" else masked_norm(gaps, timed, self.norm.eps)
+            tau = (signal * self.norm.weight + self.norm.bias) * timed
         return tau[:, None].expand(-1, self.heads, -1)
+
+
+def log_gaps(gap_seconds: Tensor) -> Tensor:
+    return torch.sign(gap_seconds) * torch.log1p(gap_seconds.abs()) / LOG_GAP_UNIT
+
+
+def masked_norm(values: Tensor, mask: Tensor, eps: float) -> Tensor:
+    """values [b, T] less their mean and over their deviation, both over the positions of the mask."""
+    count = mask.sum(1, keepdim=True)
+    centred = (values - (values * mask).sum(1, keepdim=True) / count) * mask
+    return centred / torch.sqrt(centred.square().sum(1, keepdim=True) / count + eps)
 
 
 class Layer(nn.Module):
@@ -215,6 +245,8 @@ class MMM4Rec(Recommender):
         vectors = self.missing[stream].expand(rows, -1)  # [n, D]
         if stream in features.vectors and stream in self.adapters:
             raw, present = features.vectors[stream], features.present[stream]
+            if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero
+                present = present.index_fill(0, present.new_zeros(1, dtype=torch.long), True)
             raw, present = (raw, present) if ids is None else (raw[ids], present[ids])
             vectors = torch.where(present[:, None], self.adapters[stream](raw), vectors)
         if stream not in self.ids:
@@ -234,7 +266,7 @@ class MMM4Rec(Recommender):
         if self.time_input is not None:
             if group.gap_seconds is None:
                 raise ValueError("the model reads time gaps and the domain has no timestamps; set model.time=false.")
-            taus = [self.time_input(group.gap_seconds.to(streams[0].dtype), group.real) for _ in names]
+            taus = [self.time_input(group.gap_seconds.to(streams[0].dtype), group.timed) for _ in names]
         for layer in self.layers:
             streams, taus = layer(streams, taus)
         rows = torch.arange(len(group.lengths), device=group.lengths.device)

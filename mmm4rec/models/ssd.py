@@ -1,19 +1,56 @@
-"""The state-space-duality scan (Mamba-2, arXiv 2405.21060): one meaning, two ways to compute it.
+"""The state-space-duality scan (Mamba-2, arXiv 2405.21060): one meaning, four ways to compute it.
 
-Dimensions: b examples, L positions, H heads, P head width, G groups (divides H), N state size.
+Dimensions: b examples, L positions, H heads, P head width, G groups (divides H), R = H / G heads a group, N state size,
+K chunks, Q positions a chunk.
 
-A head keeps a state S [P, N]. At position t, with step delta_t and decay exp(delta_t * a), a < 0:
+A head keeps a state S [P, N]. At position t, with step delta_t >= 0 and decay exp(delta_t * a), a < 0:
 
     S_t = exp(delta_t * a) S_{t-1} + delta_t * x_t B_t^T        y_t = S_t C_t
 
-`recurrence` says it in that order and is the reference in tests; `quadratic` is its dual form, a masked
-attention whose weights decay with the steps between, and is what short sequences run on.
+`recurrence` says it in that order and is the reference in tests. `quadratic` is its dual form, a masked attention
+whose weights decay with the steps between: the fastest on short sequences. `chunked` is the dual form inside chunks and
+the recurrence from chunk to chunk: time and memory grow with L. `triton` is the kernel of the package mamba-ssm.
+`scan` takes the one that fits. Every exponential here is of a sum of delta * a, so it is at most 1.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+Implementation = Literal["auto", "recurrence", "quadratic", "chunked", "triton"]
+
+QUADRATIC_UP_TO = 128
+CHUNK = 64
+KERNEL_FROM = 256
+KERNEL_CHUNK = 256
+KERNEL_MODULE = "mamba_ssm.ops.triton.ssd_combined"
+KERNEL_DEVICE = "cuda"
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def scan(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, *, implementation: Implementation = "auto") -> Tensor:
+    """The scan. x [b, L, H, P], delta [b, L, H] >= 0, a [H] < 0, B and C [b, L, G, N] -> y [b, L, H, P].
+
+    `auto` is what `choose` names. Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
+    """
+    name = choose(x.shape[1], x.device, x.dtype) if implementation == "auto" else implementation
+    if name not in _FUNCTIONS:
+        raise ValueError(f"implementation is {name!r}; the rule: one of {', '.join(get_args(Implementation))}")
+    return _FUNCTIONS[name](x, delta, a, B, C)
+
+
+def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Implementation:
+    """The implementation that `auto` takes for sequences of `length` positions: the same answer for the same machine."""
+    if length >= KERNEL_FROM and _why_no_kernel(device, dtype) is None:
+        return "triton"
+    return "quadratic" if length <= QUADRATIC_UP_TO else "chunked"
 
 
 def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -22,11 +59,11 @@ def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Ten
     B, C = B.repeat_interleave(heads_per_group, dim=2), C.repeat_interleave(heads_per_group, dim=2)  # [b, L, H, N]
     state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])  # [b, H, P, N]
     outputs = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(delta[:, t] * a)[..., None, None]  # [b, H, 1, 1]
-        inflow = (delta[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None, :]  # [b, H, P, N]
+    for x_t, delta_t, B_t, C_t in zip(*(part.unbind(1) for part in (x, delta, B, C)), strict=True):
+        decay = torch.exp(delta_t * a)[..., None, None]  # [b, H, 1, 1]
+        inflow = (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None, :]  # [b, H, P, N]
         state = decay * state + inflow
-        outputs.append((state * C[:, t, :, None, :]).sum(-1))  # [b, H, P]
+        outputs.append((state * C_t[:, :, None, :]).sum(-1))  # [b, H, P]
     return torch.stack(outputs, dim=1)
 
 
@@ -41,3 +78,92 @@ def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tens
     affinity = torch.einsum("blgn,bsgn->bgls", C, B)  # [b, G, L, L]
     weights = decay.view(b, G, H // G, L, L) * affinity[:, :, None]  # [b, G, H/G, L, L]
     return torch.einsum("bhls,bshp->blhp", weights.view(b, H, L, L), x * delta[..., None])
+
+
+def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, *, chunk: int | None = None) -> Tensor:
+    """Linear in L: `quadratic` inside chunks of at most `chunk` (default `CHUNK`) positions, states between them.
+
+    Shapes as in `recurrence`. The K chunks are as equal as they can be: the last is filled up with fewer than K
+    positions of step 0 and input 0, which leave the state as it is and whose outputs are cut off.
+    """
+    b, L, H, P = x.shape
+    K = -(-L // (CHUNK if chunk is None else chunk))
+    Q = -(-L // K)
+    x, delta, B, C = (_split(part, K, Q) for part in (x, delta, B, C))  # [b, K, Q, ...]
+    y = quadratic(*(part.flatten(0, 1) for part in (x, delta)), a, *(part.flatten(0, 1) for part in (B, C)))  # [b * K, Q, H, P]
+    y = y.unflatten(0, (b, K))
+    if K > 1:
+        log_decay = torch.cumsum(delta * a, dim=2)  # [b, K, Q, H], from the chunk's start to the end of each position
+        entering = _entering_states(x, delta, log_decay, B)  # [b, K - 1, H, P, N]
+        y = torch.cat((y[:, :1], y[:, 1:] + _read(entering, log_decay[:, 1:], C[:, 1:])), dim=1)  # no state enters the first
+    return y.flatten(1, 2)[:, :L]
+
+
+def _split(part: Tensor, K: int, Q: int) -> Tensor:
+    """[b, L, ...] -> [b, K, Q, ...], zeros behind the end."""
+    missing = K * Q - part.shape[1]
+    if missing:
+        part = F.pad(part, (0, 0) * (part.dim() - 2) + (0, missing))
+    return part.unflatten(1, (K, Q))
+
+
+def _entering_states(x: Tensor, delta: Tensor, log_decay: Tensor, B: Tensor) -> Tensor:
+    """The states at the start of every chunk but the first, [b, K - 1, H, P, N]. Arguments over all K chunks."""
+    x, delta, log_decay, B = (part[:, :-1] for part in (x, delta, log_decay, B))  # nobody reads what the last chunk writes
+    G, H = B.shape[3], x.shape[3]
+    total = log_decay[:, :, -1]  # [b, K - 1, H], over a whole chunk
+    to_end = torch.exp(total[:, :, None] - log_decay)  # [b, K - 1, Q, H], from each position to its chunk's end
+    inflow = (x * (delta * to_end)[..., None]).unflatten(3, (G, H // G))  # [b, K - 1, Q, G, R, P]
+    written = torch.einsum("bksgrp,bksgn->bkgrpn", inflow, B).flatten(2, 3)  # [b, K - 1, H, P, N]
+    decay = torch.exp(total)[..., None, None]  # [b, K - 1, H, 1, 1]
+    states: list[Tensor] = []
+    for decay_k, written_k in zip(decay.unbind(1), written.unbind(1), strict=True):
+        states.append(decay_k * states[-1] + written_k if states else written_k)
+    return torch.stack(states, dim=1)
+
+
+def _read(entering: Tensor, log_decay: Tensor, C: Tensor) -> Tensor:
+    """What the positions of a chunk read from the state [b, K, H, P, N] that entered it: [b, K, Q, H, P]."""
+    G, H = C.shape[3], entering.shape[2]
+    read = torch.einsum("bklgn,bkgrpn->bklgrp", C, entering.unflatten(2, (G, H // G))).flatten(3, 4)  # [b, K, Q, H, P]
+    return torch.exp(log_decay)[..., None] * read
+
+
+def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """The scan by the GPU kernel of mamba-ssm. Shapes as in `recurrence`; RuntimeError where it cannot run.
+
+    The kernel sums in float32 whatever comes in, and may multiply float32 as TF32: expect three digits, not seven.
+    """
+    problem = _why_no_kernel(x.device, x.dtype)
+    kernel = _kernel()
+    if problem or kernel is None:
+        raise RuntimeError(f"scan(implementation='triton') {problem}, or use implementation='auto'")
+    return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK)
+
+
+def _why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where the kernel can run, otherwise the rule, the value and the remedy."""
+    if device.type != KERNEL_DEVICE:
+        return f"needs tensors on {KERNEL_DEVICE}; these are on {device.type}. Move them there"
+    if dtype not in KERNEL_DTYPES:
+        return f"computes in float32 or less; x is {dtype}. Cast it"
+    if _kernel() is None:
+        return f"needs the package mamba-ssm, whose {KERNEL_MODULE} does not import here. Run: pip install mamba-ssm"
+    return None
+
+
+@cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """mamba-ssm's chunk scan, or None where the package is missing or was built for another torch."""
+    try:
+        return importlib.import_module(KERNEL_MODULE).mamba_chunk_scan_combined
+    except (ImportError, AttributeError):
+        return None
+
+
+_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    "recurrence": recurrence,
+    "quadratic": quadratic,
+    "chunked": chunked,
+    "triton": triton,
+}

@@ -23,7 +23,7 @@ from mmm4rec.errors import BadInput
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training.loop import EpochReport, Run, RunState
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: before the release's quirks stood in one place
 
 
 def identity(description: dict[str, Any]) -> dict[str, Any]:
@@ -118,8 +118,15 @@ class Transfer:
 
     def __str__(self) -> str:
         parts = (f"{len(names)} {kind.replace('_', ' ')}" for kind, names in vars(self).items())
+        layers = f"; the model is shallower: layer {', '.join(map(str, self.dropped_layers))} is dropped" if self.dropped_layers else ""
         dropped = f"; skipped: {', '.join(self.skipped)}" if self.skipped else ""
-        return f"transfer: {', '.join(parts)}{dropped}"
+        return f"transfer: {', '.join(parts)}{layers}{dropped}"
+
+    @property
+    def dropped_layers(self) -> list[int]:
+        """Layers of the checkpoint, counted from 1, of which the model took nothing."""
+        numbers = [{int(name.split(".")[1]) for name in names if name.startswith("layers.")} for names in (self.skipped, self.loaded)]
+        return sorted(number + 1 for number in numbers[0] - numbers[1])
 
 
 @torch.no_grad()

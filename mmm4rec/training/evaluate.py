@@ -17,7 +17,8 @@ EVALUATION_BATCH = 1024
 def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.ndarray, device: torch.device) -> np.ndarray:
     """Ranks [len(users)] of the targets of the examples (users[k], ends[k]) among all of the domain's items.
 
-    Items that a user has seen stay candidates, as in the published protocol. Each worker ranks its share.
+    Items that a user has seen stay candidates, as in the published protocol, unless `data.mask_seen` says
+    otherwise; a target that was seen before then ties with all that is masked. Each worker ranks its share.
     Raises FloatingPointError when a score is not finite: a NaN is beaten by none and would rank first.
     """
     was_training = model.training
@@ -32,6 +33,7 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
         scores = model.scores(model.users(batch, catalogue), catalogue)
         if not torch.isfinite(scores).all():
             raise FloatingPointError(f"the model's scores on domain '{data.domain.name}' are not finite: its training diverged")
+        data.mask(scores, batch)
         parts.append(ranks(scores, batch.targets).cpu().numpy())
     found = np.empty(len(order))
     found[order] = np.concatenate(parts) if parts else np.empty(0)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import NAdam, Optimizer
 
 from mmm4rec.data.batches import DomainData, Plan, plan_epoch
+from mmm4rec.models.quirks import Quirks
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.evaluate import evaluate
@@ -87,6 +88,7 @@ class Run:
     config: TrainingConfig
     seed: int
     device: torch.device
+    quirks: Quirks = Quirks()
     optimizer: Optimizer | None = None
     state: RunState = field(default_factory=RunState)
     on_step: Callable[[int, int], None] = lambda done, total: None  # progress inside an epoch, in micro-batches
@@ -125,7 +127,10 @@ def _train_epoch(run: Run, epoch: int) -> float:
 
 
 def _optimizer_step(run: Run, plans: Sequence[Plan]) -> float:
-    """One step on the mean gradient over the examples of these micro-batches; returns their summed loss."""
+    """One step on the mean gradient over the examples of these micro-batches; returns their summed loss.
+
+    With the quirk `summed_accumulation`: on the sum of the micro-batches' mean gradients.
+    """
     assert run.optimizer is not None
     torch.manual_seed((run.seed * 1_000_003 + run.state.optimizer_steps) * 1_009 + distributed.rank())
     run.optimizer.zero_grad()
@@ -134,7 +139,7 @@ def _optimizer_step(run: Run, plans: Sequence[Plan]) -> float:
     for plan in plans:
         loss = _summed_loss(run, plan)
         if loss is not None:
-            (loss / examples).backward()
+            (loss / (len(plan.users) if run.quirks.summed_accumulation else examples)).backward()
             summed_loss += float(loss.detach())
     distributed.sum_gradients(run.model.parameters())
     run.optimizer.step()
@@ -156,7 +161,8 @@ def _summed_loss(run: Run, plan: Plan) -> Tensor | None:
     if run.config.loss == "full":
         batch = batch.to(run.device)
         catalogue = model.items(data.features)
-        return full_cross_entropy(model.scores(model.users(batch, catalogue), catalogue), batch.targets)
+        scores = model.scores(model.users(batch, catalogue), catalogue)
+        return full_cross_entropy(scores, batch.targets, padding_class=run.quirks.padding_class)
     targets = data.domain.items[data.domain.offsets[plan.users] + plan.ends]
     candidates, counts = np.unique(targets.astype(np.int64), return_counts=True)
     columns = torch.from_numpy(np.searchsorted(candidates, batch.targets.numpy())).to(run.device)

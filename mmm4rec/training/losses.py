@@ -10,11 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def full_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+def full_cross_entropy(scores: Tensor, targets: Tensor, *, padding_class: bool = False) -> Tensor:
     """Sum over the examples of the cross-entropy over items 1..I. scores [B, I + 1], targets [B] in 1..I.
 
-    Padding is no class (the published code makes it one; its gradient then explodes at the start).
+    With `padding_class` padding is a class too, as in the release (models/quirks.py).
     """
+    if padding_class:
+        return F.cross_entropy(scores, targets, reduction="sum")
     return F.cross_entropy(scores[:, 1:], targets - 1, reduction="sum")
 
 
