@@ -1,4 +1,4 @@
-"""The command line: mmm4rec prepare | demo | encode | train | evaluate | recommend."""
+"""The command line: mmm4rec prepare | demo | encode | train | evaluate | recommend | import-published | doctor."""
 
 from __future__ import annotations
 
@@ -111,12 +111,62 @@ def recommend_command(args: argparse.Namespace) -> None:
         print(json.dumps(line, ensure_ascii=False))
 
 
+def import_published_command(args: argparse.Namespace) -> None:
+    from mmm4rec.exchange import import_published
+
+    features = dict(zip(("text", "image"), args.features, strict=True)) if args.features else None
+    _print(
+        import_published(
+            args.checkpoint,
+            args.out,
+            features=features,
+            domain=args.domain,
+            force=args.force,
+            n_groups=args.n_groups,
+            activation=args.activation,
+            max_len=args.max_len,
+            temperature=args.temperature,
+            strict=not args.allow_differences,
+        )
+    )
+
+
+def doctor_command(args: argparse.Namespace) -> int:
+    """This machine, or the leak check; 1 where a model reads what it must not."""
+    from mmm4rec import doctor, leak
+    from mmm4rec.inference import open_model
+
+    if (args.model is None) != (args.domain is None):
+        raise BadInput("only one of --model and --domain is given.", remedy="Give both, or neither to check models with random weights.")
+    if args.model is not None and not args.leak:
+        raise BadInput("--model and --domain belong to the leak check.", remedy="Add --leak.")
+    if not args.leak:
+        facts = doctor.machine()
+        print(json.dumps(facts, indent=2) if args.json else "\n".join(doctor.machine_lines(facts)))
+        return 0
+    if args.model is None:
+        reports, passed = leak.check_generated()
+    else:
+        model, data, _ = open_model(args.model, args.domain, device="cpu")
+        models = {args.model.name: model, "+ random weights": leak.with_noise(model)}
+        reports = [leak.check_leaks(part, data, variant=name) for name, part in models.items()]
+        passed = not any(report.leaks for report in reports)
+    if args.json:
+        _print({"passed": passed, "tolerance": leak.TOLERANCE, "models": [report.to_dict() for report in reports]})
+        return 0 if passed else 1
+    print("\n".join(leak.leak_lines(reports)))
+    if args.model is None:
+        expected = f"the default is clean, and the published one leaks {' and '.join(leak.PUBLISHED_LEAKS)}, as its authors' code does."
+        print(f"As expected: {expected}" if passed else f"NOT as expected, which was: {expected}")
+    return 0 if passed else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the work failed, 2 bad input."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     args = _parser().parse_args(argv)
     try:
-        args.command(args)
+        return args.command(args) or 0
     except BadInput as error:
         print(f"mmm4rec: {error}", file=sys.stderr)
         return 2
@@ -176,6 +226,34 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--user", nargs="+", help="users by the source's id (default: all)")
     command.add_argument("--top", type=_positive, default=10, help="items a user; default 10")
     _add_model(command)
+
+    example = "mmm4rec import-published fhckm_40.pth runs/released.safetensors --features text_feat.pth image_feat.pth"
+    command = _command(commands, "import-published", import_published_command, "a checkpoint of the authors' release -> ours", example)
+    command.add_argument(
+        "checkpoint", type=Path, help="what the release saved (.pth, or .safetensors under its names); opened as plain tensors"
+    )
+    command.add_argument("out", type=Path, help="the new best.safetensors, for train --init, evaluate and recommend")
+    command.add_argument("--features", type=Path, nargs=2, metavar=("TEXT", "IMAGE"), help="the release's feature tables, to check against")
+    command.add_argument("--domain", type=Path, help="the domain that its item tables belong to, items in the release's order")
+    command.add_argument("--n-groups", type=_positive, help="groups of the scan, which no tensor shows (default: one a head)")
+    command.add_argument("--activation", choices=("silu", "hardswish"), default="silu", help="hardswish: it ran without causal_conv1d")
+    command.add_argument("--max-len", type=_positive, default=20, help="of a model without time; default 20")
+    command.add_argument("--temperature", type=float, default=0.8, help="of its scores; default 0.8")
+    command.add_argument("--allow-differences", action="store_true", help="name missing and left-over tensors in a warning, and go on")
+    command.add_argument("--force", action="store_true", help="replace OUT")
+
+    example = "mmm4rec doctor --leak --model runs/a/best.safetensors --domain domains/Scientific"
+    command = _command(commands, "doctor", doctor_command, "this machine, or what a model reads and must not", example)
+    command.description = (
+        "Without flags: what this machine offers a run. With --leak: alter the target item, its time, what follows it, the padding and "
+        "the rest of the batch, and measure whether any score changes. It checks the default and the published model with random weights "
+        "(the published one must be found leaking), or the model of --model, as it is and with noise on its weights, which shows what "
+        "they could learn to read. Exit status 1: a leak where none may be."
+    )
+    command.add_argument("--leak", action="store_true", help="the leak check: some seconds, on the CPU")
+    command.add_argument("--json", action="store_true", help="print the findings as JSON")
+    command.add_argument("--model", type=Path, help="with --leak: best.safetensors of a run")
+    command.add_argument("--domain", type=Path, help="with --model: the domain to check it on")
     return parser
 
 

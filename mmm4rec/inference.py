@@ -82,5 +82,6 @@ def recommend(
         scores[:, 0] = -torch.inf
         data.mask(scores, batch)
         best = scores.topk(min(top, domain.n_items), dim=1)
-        for user, items, values in zip(batch.users, best.indices.cpu().numpy(), best.values.tolist(), strict=True):
-            yield {"user": str(user_ids[user]), "items": item_ids[items - 1].tolist(), "scores": values}
+        for user, items, values in zip(batch.users, best.indices.cpu().numpy(), best.values.cpu().numpy(), strict=True):
+            kept = np.isfinite(values)  # not what is masked
+            yield {"user": str(user_ids[user]), "items": item_ids[items[kept] - 1].tolist(), "scores": values[kept].tolist()}

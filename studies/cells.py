@@ -6,14 +6,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
 
 from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
 from mmm4rec.models.mmm4rec import ModelConfig
-from studies.spec import Parameter, Spec
+from studies.spec import Arm, Parameter, Spec
 
 FILTER_SIZE = "model.filter_size"
+MASKED = {"mask_seen": True}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.domain}/{self.arm}"
 
+    @property
+    def fingerprint(self) -> str:
+        """What a number of this cell means, as its runs' results say it."""
+        return self.source.fingerprint + ("+mask_seen" if self.run.get("data") == MASKED else "")
+
     def trial_key(self, config: Mapping[str, Any], seed: int, phase: str) -> str:
         """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out."""
         told = [self.name, self.source.fingerprint, self.init, self.shuffle_features, self.run, dict(config), seed, phase]
@@ -51,22 +60,50 @@ class Cell:
 
 
 def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
-    """The study's cells in the spec's order, and warnings about time that had to be turned off.
+    """The study's cells in the spec's order, and warnings: time that had to be turned off, pre-trained layers that fall away.
 
-    Raises BadInput where a domain is unknown or was pre-trained on, or an arm searches a filter size that it has no
-    filter for.
+    Every arm has as many layers as were pre-trained, scratch too, unless its own model says otherwise.
+    Raises BadInput where a domain is unknown or was pre-trained on, an arm searches a filter size that it has no
+    filter for, or the spec's checkpoint is no model of ours. Reads that file's header, where it exists, and no other.
     """
     pairs = [(domain, arm) for group in spec.cells for domain in group.domains for arm in group.arms]
     unknown = sorted({domain for domain, _ in pairs} - set(sources))
     if unknown:
         raise BadInput(f"study '{spec.study}' names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
     _check_unseen(spec, pairs, sources)
-    cells = tuple(_build_cell(spec, domain, arm, sources[domain]) for domain, arm in pairs)
+    depth = _pretrained_depth(spec)
+    cells = tuple(_build_cell(spec, domain, arm, sources[domain], depth) for domain, arm in pairs)
     timeless = sorted({domain for domain, _ in pairs if not sources[domain].has_timestamps})
     warnings = tuple(
         f"domain '{domain}' has no timestamps: time is off in its cells, and filter_size is not searched." for domain in timeless
     )
-    return cells, warnings
+    return cells, warnings + _dropped_layers(cells, depth)
+
+
+def _pretrained_depth(spec: Spec) -> int | None:
+    """How many layers were or will be pre-trained; None where nothing is, or the checkpoint is not there (yet)."""
+    if spec.pretrain is None:
+        return None
+    if spec.pretrain.checkpoint is None:
+        return from_dict(ModelConfig, merge(spec.model, spec.pretrain.model), source=f"study {spec.study}, pretrain").layers
+    file = Path(spec.pretrain.checkpoint)
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(str(file), framework="numpy") as opened:  # reads the header alone
+            return int(json.loads(opened.metadata()["mmm4rec"])["config"]["model"]["layers"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"is no model of ours ({error}).", file=file, remedy="Give the best.safetensors of a run.") from error
+
+
+def _dropped_layers(cells: Sequence[Cell], depth: int | None) -> tuple[str, ...]:
+    warnings = []
+    for cell in cells:
+        layers = from_dict(ModelConfig, cell.run["model"], source=f"cell {cell.name}").layers
+        if cell.init == "pretrained" and depth is not None and layers < depth:
+            dropped = ", ".join(str(number) for number in range(layers + 1, depth + 1))  # counted from 1
+            warnings.append(f"cell '{cell.name}' has {layers} of the {depth} pre-trained layers: layer {dropped} is dropped.")
+    return tuple(warnings)
 
 
 def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping[str, Source]) -> None:
@@ -79,10 +116,20 @@ def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping
             raise BadInput(rule, remedy="Take it out of pretrain.sources or out of the cells.")
 
 
-def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
+def _model(spec: Spec, arm: Arm, depth: int | None) -> dict[str, Any]:
+    """The study's model, as deep as was pre-trained, then what the arm changes.
+
+    A depth that the study's model has anyway is not written out: the trial keys of earlier studies stay.
+    """
+    if depth in (None, from_dict(ModelConfig, spec.model, source=f"study {spec.study}").layers):
+        return merge(spec.model, arm.model)
+    return merge(merge(spec.model, {"layers": depth}), arm.model)
+
+
+def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: int | None) -> Cell:
     arm, budget = spec.arms[arm_name], spec.budget
     trained = arm.recommender == "mmm4rec"
-    model = merge(spec.model, arm.model)
+    model = _model(spec, arm, depth)
     if not source.has_timestamps:
         model["time"] = False
     training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
@@ -100,6 +147,7 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source) -> Cell:
         init=arm.init,
         shuffle_features=arm.shuffle_features,
         run={
+            **({"data": MASKED} if spec.mask_seen else {}),  # only where it is on: the trial keys of other studies stay
             "recommender": arm.recommender,
             "model": model,
             "training": training,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from mmm4rec.data.demo import write_demo
@@ -18,32 +18,46 @@ from studies.spec import Domains, TextEncoder
 def make_domains(domains: Domains, folder: Path, *, data: Path | None, seed: int) -> dict[str, Source]:
     """The spec's domains under `folder`; what stands there already is kept.
 
-    Args: data: holds the raw folders that `prepare` names. Raises BadInput where they are missing or wrong.
+    Args: data: holds the folders that `prepare` names: raw ones, which are prepared under `folder`, and domains that are
+    prepared already, which are read where they are, with their features, and never written to.
+    Raises BadInput where they are missing or wrong, or the spec's encoder would write into one of the latter.
     """
     if domains.demo:
         if not folder.exists():
             write_demo(folder, seed=seed)
         plan = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-        return _sources(folder, [*plan["sources"], *plan["targets"]])
-    for name, raw in domains.prepare.items():
-        if not (folder / name).exists():
-            if data is None:
-                raise BadInput(f"the spec prepares '{raw}' from a data folder, and none is given.", remedy="Give it with --data DIR.")
-            prepare(data / raw, folder / name, name=name)
+        return _sources({name: folder / name for name in (*plan["sources"], *plan["targets"])})
+    places = {name: _prepared(name, raw, folder, data) for name, raw in domains.prepare.items()}
     if domains.text_encoder is not None:
-        _encode(domains.text_encoder, folder)
-    return _sources(folder, domains.prepare)
+        _encode(domains.text_encoder, places, folder)
+    return _sources(places)
 
 
-def _encode(encoder: TextEncoder, folder: Path) -> None:
+def _prepared(name: str, raw: str, folder: Path, data: Path | None) -> Path:
+    """Where the domain is, prepared now unless it was before."""
+    if (folder / name).exists():
+        return folder / name
+    if data is None:
+        raise BadInput(f"the spec prepares '{raw}' from a data folder, and none is given.", remedy="Give it with --data DIR.")
+    if (data / raw / "domain.json").is_file():
+        return data / raw
+    prepare(data / raw, folder / name, name=name)
+    return folder / name
+
+
+def _encode(encoder: TextEncoder, places: Mapping[str, Path], folder: Path) -> None:
+    foreign = [name for name in encoder.domains if name in places and places[name] != folder / name]
+    if foreign:
+        rule = f"domain '{foreign[0]}' was prepared elsewhere, and text_encoder would write into it."
+        raise BadInput(rule, file=places[foreign[0]], remedy="Take it out of text_encoder.domains, or give its raw folder.")
     encoded = [folder / name for name in encoder.domains]
     if all((path / "features" / "text.json").exists() for path in encoded):
         return
-    fit_on = [folder / name for name in encoder.fit_on]
+    fit_on = [places.get(name, folder / name) for name in encoder.fit_on]
     place = folder / "encoders" / "text"
     encode_domains(encoded, encoder=encoder.kind, fit_on=fit_on, save=place, dimensions=encoder.dimensions, force=True)
 
 
-def _sources(folder: Path, names: Iterable[str]) -> dict[str, Source]:
-    opened = {name: open_domain(folder / name) for name in names}
+def _sources(places: Mapping[str, Path]) -> dict[str, Source]:
+    opened = {name: open_domain(place) for name, place in places.items()}
     return {name: Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None) for name, domain in opened.items()}

@@ -1,9 +1,10 @@
-"""The convergence figure: validation NDCG@10 against optimizer steps. The same runs give the same bytes."""
+"""The figures: convergence (validation NDCG@10 against optimizer steps) and effects. The same runs give the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -12,11 +13,17 @@ mpl.use("agg")
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from studies.effects import Effect, Interval
 from studies.tracked import TrackedCell
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000")  # Okabe and Ito, yellow darkened
 STYLES = ("-", "--", ":", "-.")
+RC: dict[Any, Any] = {"svg.hashsalt": "mmm4rec", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+ABOVE, BELOW, UNCLEAR = COLOURS[0], COLOURS[1], "#555555"
 
 
 def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
@@ -28,7 +35,7 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
     if not drawn:
         return
     domains, arms = list(dict.fromkeys(cell.domain for cell in drawn)), list(dict.fromkeys(cell.arm for cell in drawn))
-    with mpl.rc_context({"svg.hashsalt": "mmm4rec", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(RC):
         figure, axes = plt.subplots(1, len(domains), figsize=(1 + 3.4 * len(domains), 3.4), squeeze=False, layout="constrained")
         for axis, domain in zip(axes[0], domains, strict=True):
             for cell in drawn:
@@ -40,10 +47,77 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
         handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         ordered = [arm for arm in arms if arm in handles]
         figure.legend([handles[arm] for arm in ordered], ordered, loc="outside lower center", ncols=min(4, len(ordered)), frameon=False)
-        folder.mkdir(exist_ok=True)
-        figure.savefig(folder / "convergence.png", dpi=150, metadata={"Software": None})
-        figure.savefig(folder / "convergence.svg", metadata={"Date": None})
-        plt.close(figure)
+        _save(figure, folder, "convergence")
+
+
+def forest(effects: Sequence[Effect], folder: Path) -> None:
+    """Write `effects.png` and `.svg`: a panel a domain, a row an arm, its NDCG@10 minus the baseline's and the 95 % interval.
+
+    Filled: the interval excludes 0; hollow: it does not; a cross: one seed, no interval. A row stays empty where the
+    domain has no such arm. Without effects nothing is written.
+    """
+    if not effects:
+        return
+    domains, arms = list(dict.fromkeys(effect.domain for effect in effects)), list(dict.fromkeys(effect.arm for effect in effects))
+    columns = 2 if len(domains) == 4 else min(3, len(domains))
+    lines = -(-len(domains) // columns)
+    with mpl.rc_context(RC):
+        size = (max(4.8, 1.5 + 2.3 * columns), 0.8 + lines * (1.0 + 0.25 * len(arms)))
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey=True, layout="constrained")
+        for axis, domain in zip(axes.flat, domains, strict=False):
+            _draw_effects(axis, [effect for effect in effects if effect.domain == domain], arms)
+        for axis in axes.flat[len(domains) :]:
+            axis.remove()
+        title = f"test NDCG@10 minus that of {effects[0].baseline}: mean and 95 % interval"
+        figure.legend(handles=_marks(effects), title=title, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
+        _save(figure, folder, "effects")
+
+
+def _colour(value: Interval) -> str:
+    return UNCLEAR if not value.excludes_zero else ABOVE if value.mean > 0 else BELOW
+
+
+def _marks(effects: Sequence[Effect]) -> list[Line2D]:
+    """The legend: what stands in the figure, and no more."""
+    values = [effect.ndcg for effect in effects]
+    bounded = [value for value in values if value.low is not None]
+    labels = {ABOVE: "above 0", BELOW: "below 0", UNCLEAR: "interval holds 0"}
+    marks = []
+    for colour in (shown for shown in labels if shown in map(_colour, bounded)):
+        filled = "white" if colour == UNCLEAR else colour
+        marks.append(Line2D([], [], color=colour, marker="o", markerfacecolor=filled, linewidth=1.6, markersize=6, label=labels[colour]))
+    if len(bounded) < len(values):
+        marks.append(Line2D([], [], color=UNCLEAR, marker="x", linestyle="", markersize=6, label="one seed: no interval"))
+    return marks
+
+
+def _draw_effects(axis: Axes, effects: Sequence[Effect], arms: Sequence[str]) -> None:
+    """One domain: a row for each of `arms`."""
+    axis.axvline(0, color="black", linewidth=0.8)
+    for effect in effects:
+        value, place = effect.ndcg, arms.index(effect.arm)
+        colour = _colour(value)
+        if value.low is None or value.high is None:
+            axis.plot(value.mean, place, "x", color=colour, markersize=6)
+            continue
+        axis.plot((value.low, value.high), (place, place), color=colour, linewidth=1.6, solid_capstyle="butt")
+        axis.plot(value.mean, place, "o", color=colour, markersize=6, markerfacecolor=colour if value.excludes_zero else "white")
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_yticks(range(len(arms)), arms)
+    axis.tick_params(axis="y", length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=(1, 2, 5, 10)))
+    axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines["left"].set_visible(False)
+    axis.set_xlabel("Δ NDCG@10")
+    axis.set_title(f"{effects[0].domain}\n{effects[0].baseline} {np.mean(effects[0].baseline_ndcg):.4f}", fontsize=9)
+
+
+def _save(figure: Figure, folder: Path, name: str) -> None:
+    folder.mkdir(exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def _draw(axis: Axes, cell: TrackedCell, place: int) -> None:

@@ -30,6 +30,7 @@ from studies.state import Journal, Outcome, Report, Trial, now_ms
 STATUS: dict[Outcome, str] = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}  # MLflow knows no pruned run
 METRICS_PER_CALL = 900  # MLflow takes 1,000
 PARAMS_PER_CALL = 90  # MLflow takes 100
+RANKS = "ranks.parquet"  # a confirm trial's ranks by user: among its files, and as an artifact of its run
 
 log = logging.getLogger(__name__)
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -129,6 +130,9 @@ class MlflowTracker:
             tags |= _result_tags(trial.result)
             steps = next((r.row["optimizer_steps"] for r in reports if r.epoch == trial.result["best_epoch"]), 0)
             self._log(run, _result_metrics(trial.result, steps, trial.ended_ms or 0))
+        ranks = self._folder / "trials" / trial.trial_key / RANKS
+        if (trial.phase, trial.outcome) == ("confirm", "finished") and ranks.is_file():
+            self._client.log_artifact(run, str(ranks))  # a copy: once more is the same file
         searched = set(trial.config)  # MLflow has these from the start, and takes no parameter twice
         told = {} if trial.result is None else flat(trial.result["config"])
         self._set(run, tags, {key: value for key, value in told.items() if key not in searched})
@@ -153,7 +157,8 @@ class MlflowTracker:
             "confirm_seeds": cell.confirm_seeds,
             "space": json.dumps({key: [p.low, p.high, p.log, p.choices] for key, p in cell.space.items()}),
         }
-        return self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=_cell_tags(cell), params=params, parent=self._study_run())
+        tags = _cell_tags(cell) | ({} if self._spec.baseline is None else {"mmm4rec.baseline": self._spec.baseline})
+        return self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=tags, params=params, parent=self._study_run())
 
     def _study_run(self) -> str:
         name, params = self._spec.study, {"seed": self._spec.seed, "cells": len(self._cells)}
@@ -225,7 +230,7 @@ def _cell_tags(cell: Cell) -> dict[str, str]:
         "mmm4rec.cell": cell.name,
         "mmm4rec.domain": cell.domain,
         "mmm4rec.arm": cell.arm,
-        "mmm4rec.fingerprint": cell.source.fingerprint,
+        "mmm4rec.fingerprint": cell.fingerprint,
     }
 
 

@@ -40,7 +40,7 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
     if unknown:
         raise BadInput(f"pre-training names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
     told = {
-        "data": {"domains": [sources[name].path for name in spec.pretrain.sources], "examples": "all"},
+        "data": {"domains": [sources[name].path for name in spec.pretrain.sources], "examples": "all", "mask_seen": spec.mask_seen},
         "model": merge(spec.model, spec.pretrain.model),
         "training": merge({"loss": "in_batch"}, spec.pretrain.training),
         "seed": spec.seed,

@@ -8,6 +8,8 @@
     space: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}
     arms: {pretrained: {init: pretrained}, text_only: {init: pretrained, model: {modalities: text}}}
     cells: [{domains: [...], arms: [...]}]
+    baseline: scratch               # the arm that every other one is compared with, user by user (optional)
+    mask_seen: false                # true: what a user has had is left out of the ranking, in every run
     budget: {search_trials: 6, epochs: 20}
 
 An arm is never a dimension of the search: every cell is searched alone.
@@ -16,11 +18,12 @@ An arm is never a dimension of the search: every cell is searched alone.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mmm4rec.config import from_dict, load_yaml
+from mmm4rec.config import from_dict, load_yaml, to_dict
 from mmm4rec.errors import BadInput
 
 SPECS = Path(__file__).parent / "specs"
@@ -148,6 +151,8 @@ class Spec:
     domains: Domains
     arms: dict[str, Arm]
     cells: tuple[Group, ...]
+    baseline: str | None = None  # an arm of the cells: tables/effects holds the others' differences from it
+    mask_seen: bool = False
     seed: int = 0
     pretrain: Pretrain | None = None
     model: dict[str, Any] = field(default_factory=dict)
@@ -163,6 +168,9 @@ class Spec:
             raise ValueError(f"cells name the unknown arm {', '.join(unknown)}; arms: {', '.join(self.arms)}.")
         if len(set(pairs)) != len(pairs) or not pairs:
             raise ValueError("cells must name at least one domain × arm, and none twice.")
+        compared = dict.fromkeys(arm for _, arm in pairs)
+        if self.baseline is not None and self.baseline not in compared:
+            raise ValueError(f"baseline is '{self.baseline}', which is no arm of the cells: {', '.join(compared)}.")
         if "epochs" in self.training:
             raise ValueError("training.epochs is the budget's: write budget.epochs.")
         if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
@@ -180,6 +188,23 @@ def load_spec(name_or_path: str) -> Spec:
         known = ", ".join(sorted(file.stem for file in SPECS.glob("*.yaml")))
         raise BadInput(f"no spec '{name_or_path}'.", remedy=f"Give the path of a YAML file, or one of these names: {known}.")
     return from_dict(Spec, load_yaml(path), source=str(path))
+
+
+def on_domains(spec: Spec, names: Sequence[str]) -> Spec:
+    """The spec's arms on other domains: every arm of its cells on each of these folders under --data.
+
+    Raises BadInput where the spec pre-trains, for its sources would be gone, and where a name comes twice.
+    """
+    if spec.pretrain is not None and spec.pretrain.sources:
+        rule = f"study '{spec.study}' pre-trains on {', '.join(spec.pretrain.sources)}, which --on takes away."
+        raise BadInput(rule, remedy="Pre-train first, and name the best.safetensors in a spec's pretrain.checkpoint.")
+    arms = dict.fromkeys(arm for group in spec.cells for arm in group.arms)
+    changes = {
+        "study": "_".join([spec.study, *names]),
+        "domains": {"prepare": {name: name for name in names}},
+        "cells": [{"domains": list(names), "arms": list(arms)}],
+    }
+    return from_dict(Spec, {**to_dict(spec), **changes}, source=f"study {spec.study} on {', '.join(names)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,8 @@ from studies.state import Journal, Trial, locked, now_ms
 from studies.suggestions import Suggestions
 from studies.tables import write_tables
 
+UNPINNED = ("resources", "baseline")  # keys of a spec that decide no number: they may change while the study lives
+
 
 @dataclass(frozen=True)
 class Study:
@@ -55,7 +57,7 @@ def open_study(spec: Spec, out: Path, *, data: Path | None, say: Callable[[str],
     with locked(folder / ".lock", wait=False):
         journal = Journal(folder / "study.sqlite3")
         told = to_dict(spec)
-        journal.pin("spec", {key: value for key, value in told.items() if key != "resources"})
+        journal.pin("spec", {key: value for key, value in told.items() if key not in UNPINNED})
         journal.remember("begun_ms", str(now_ms()))
         (folder / "spec.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
         sources = make_domains(spec.domains, folder / "domains", data=data, seed=spec.seed)
@@ -100,7 +102,7 @@ def _work(study: Study) -> None:
 
 def _report(study: Study) -> int:
     folder, journal = study.folder, study.plan.journal
-    table = write_tables(folder)
+    table = write_tables(folder, baseline=study.spec.baseline)
     if journal.fact("reported_ms") is None:
         study.tracker.finish([path for name in ("tables", "figures") if (path := folder / name).exists()])
         journal.remember("reported_ms", str(now_ms()))
@@ -119,7 +121,7 @@ def _report(study: Study) -> int:
 
 
 def check(spec: Spec) -> tuple[Cell, ...]:
-    """The spec's cells, if every run that they can ask for is a valid one. Raises BadInput. Touches no disk."""
+    """The spec's cells, if every run that they can ask for is a valid one. Raises BadInput. Reads no file but a checkpoint's header."""
     names = {domain for group in spec.cells for domain in group.domains} | set(spec.pretrain.sources if spec.pretrain else ())
     sources = {name: Source(name, "", True) for name in names}
     cells, _ = build_cells(spec, sources)

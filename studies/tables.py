@@ -2,9 +2,10 @@
 
     python studies/tables.py results/demo
 
-Writes `tables/main.*` (test metrics of every cell) and `tables/transfer.*` (pre-trained against scratch) as CSV,
-Markdown and LaTeX, and `figures/convergence.*`. Only confirm trials are read: mean and sample standard deviation
-over their seeds.
+Writes `tables/main.*` (test metrics of every cell), `tables/transfer.*` (pre-trained against scratch) and, where the
+spec names a baseline, `tables/effects.*` (each arm minus the baseline) as CSV, Markdown and LaTeX; and
+`figures/convergence.*` and `figures/effects.*`. Only confirm trials are read: mean and sample standard deviation over
+their seeds.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -22,8 +25,9 @@ if __package__ in (None, ""):  # run as a file: the repository's root, not studi
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmm4rec.errors import BadInput
-from studies.figures import convergence
-from studies.tracked import METRICS, TrackedCell, TrackedTrial, read_study
+from studies.effects import Effect, Interval, study_effects
+from studies.figures import convergence, forest
+from studies.tracked import METRICS, TrackedCell, TrackedTrial, read_ranks, read_study
 
 SHARES = (0.25, 0.5, 1.0)  # of scratch's steps to its best: where both are compared at equal steps
 
@@ -45,7 +49,7 @@ class Sample:
         return f"{'≥ ' if self.at_least else ''}{mean(self.values):.{self.digits}f}{spread}"
 
 
-Entry = str | int | Sample
+Entry = str | int | Sample | Interval
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,11 @@ class Table:
     rows: tuple[tuple[Entry, ...], ...]
 
     def to_csv(self) -> str:
-        """Every sample as two columns, its mean and its sd, at full precision."""
+        """A sample as two columns, its mean and its sd, an interval as three, mean, low and high; at full precision."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        samples = [any(isinstance(row[i], Sample) for row in self.rows) for i in range(len(self.columns))]
-        writer.writerow([name for column, wide in zip(self.columns, samples, strict=True) for name in _csv_names(column, wide)])
+        kinds = [{type(row[i]) for row in self.rows} for i in range(len(self.columns))]
+        writer.writerow([name for column, kind in zip(self.columns, kinds, strict=True) for name in _csv_names(column, kind)])
         for row in self.rows:
             writer.writerow([value for entry in row for value in _csv_values(entry)])
         return out.getvalue()
@@ -150,39 +154,66 @@ def _arrival(trial: TrackedTrial, value: float) -> int | None:
     return next((step for step, reached in trial.curve if reached >= value), None)
 
 
-def write_tables(folder: Path) -> Table:
-    """Write the study's tables and figures, and give the main table. Raises BadInput as `read_study`."""
+def effects_table(effects: Sequence[Effect]) -> Table:
+    """Domain × arm: test gains minus those of the baseline arm, paired over users and seeds, mean and 95 % interval.
+
+    What the interval means stands in studies/effects.py. It is marked where it excludes 0.
+    """
+    columns = ("domain", "arm", "baseline", "seeds", "users", "baseline ndcg@10", "Δ ndcg@10", "Δ hit@10")
+    rows = [(e.domain, e.arm, e.baseline, e.seeds, e.users, Sample(e.baseline_ndcg), e.ndcg, e.hit) for e in effects]
+    return Table(columns, tuple(rows))
+
+
+def write_tables(folder: Path, *, baseline: str | None = None) -> Table:
+    """Write the study's tables and figures, and give the main table.
+
+    `baseline`: the arm of the effects table; None: the one of the spec that the study began with.
+    Raises BadInput as `read_study` and `study_effects`, and where no cell is of the baseline.
+    """
     cells = read_study(folder)
-    main = main_table(cells)
+    if baseline is not None:
+        if all(cell.arm != baseline for cell in cells):
+            arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
+            raise BadInput(f"has no arm '{baseline}'.", file=folder, remedy=f"Give one of {arms}.")
+        cells = [replace(cell, baseline=baseline) for cell in cells]
+    main, effects = main_table(cells), study_effects(cells, partial(read_ranks, folder))
     (folder / "tables").mkdir(exist_ok=True)
-    for name, table in (("main", main), ("transfer", transfer_table(cells))):
+    for name, table in (("main", main), ("transfer", transfer_table(cells)), ("effects", effects_table(effects))):
         if table.rows:
             for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
                 (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")
     convergence(cells, folder / "figures")
+    forest(effects, folder / "figures")
     return main
 
 
-def _csv_names(column: str, wide: bool) -> list[str]:
-    return [f"{column} mean", f"{column} sd"] if wide else [column]
+def _csv_names(column: str, kinds: set[type]) -> list[str]:
+    if Interval in kinds:
+        return [f"{column} mean", f"{column} low", f"{column} high"]
+    return [f"{column} mean", f"{column} sd"] if Sample in kinds else [column]
 
 
 def _csv_values(entry: Entry) -> list[object]:
+    if isinstance(entry, Interval):
+        return ["" if value is None else value for value in (entry.mean, entry.low, entry.high)]
     if not isinstance(entry, Sample):
         return [entry]
     return [mean(entry.values) if entry.values else "", stdev(entry.values) if len(entry.values) > 1 else ""]
 
 
 def _marked(entry: Entry, best: str, *, escape: Callable[[str], str] = str) -> str:
-    """An entry as text, put into the pattern `best` where it is the best of its domain."""
-    text = escape(entry.text() if isinstance(entry, Sample) else str(entry))
-    return best.format(text) if isinstance(entry, Sample) and entry.best else text
+    """An entry as text, put into the pattern `best` where it is the best of its domain, or an interval that excludes 0."""
+    if isinstance(entry, str | int):
+        return escape(str(entry))
+    text = escape(entry.text())
+    return best.format(text) if (entry.best if isinstance(entry, Sample) else entry.excludes_zero) else text
 
 
 def _latex(text: str) -> str:
     for sign, command in (("\\", r"\textbackslash{}"), ("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("#", r"\#")):
         text = text.replace(sign, command)
-    return text.replace("±", r"$\pm$").replace("≥", r"$\geq$")
+    text = re.sub(r"(?<!\w)-(?=\d)", "$-$", text)  # a minus sign, not a hyphen
+    return text.replace("±", r"$\pm$").replace("≥", r"$\geq$").replace("Δ", r"$\Delta$")
 
 
 def _latex_row(entries: Iterable[str]) -> str:
@@ -195,9 +226,11 @@ def main(arguments: list[str] | None = None) -> int:
         description="Write a study's tables and figures from its tracked runs.", epilog="Example: python studies/tables.py results/demo"
     )
     parser.add_argument("folder", type=Path, help="the study's folder, with its mlflow.db")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that tables/effects compares the others with (default: the spec's)")
     try:
-        folder = parser.parse_args(arguments).folder
-        print(write_tables(folder).to_markdown())
+        args = parser.parse_args(arguments)
+        folder = args.folder
+        print(write_tables(folder, baseline=args.baseline).to_markdown())
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,7 @@
-"""Reads a study's confirm trials from its MLflow store: all that tables and figures are made from."""
+"""Reads a study's confirm trials from its MLflow store: all that tables and figures are made from.
+
+A user's ranks are an artifact of the run, and read only where they are asked for.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
+import numpy as np
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from mmm4rec.errors import BadInput
 from mmm4rec.tracking import mlflow_name
-from studies.mlflow_tracker import store_uri
+from studies.mlflow_tracker import RANKS, store_uri
 
 METRICS = ("hit@10", "hit@20", "hit@50", "ndcg@10", "ndcg@20", "ndcg@50", "mrr")
 CURVE = "ndcg@10"  # of validation: the metric of convergence
@@ -44,11 +50,20 @@ class TrackedCell:
     besides_init: str  # equal where two arms of a domain differ in nothing but init
     search_trials: int
     epochs: int  # the budget
+    baseline: str | None  # the arm that the study began with comparing its arms with
     trials: tuple[TrackedTrial, ...]
 
     @property
     def name(self) -> str:
         return f"{self.domain}/{self.arm}"
+
+
+@dataclass(frozen=True)
+class UserRanks:
+    """The test ranks of a run, by user."""
+
+    users: np.ndarray  # [U] the domain's user numbers
+    rank: np.ndarray  # [U] from 1; halves are ties
 
 
 def read_study(folder: Path) -> list[TrackedCell]:
@@ -70,6 +85,22 @@ def read_study(folder: Path) -> list[TrackedCell]:
     for run in confirmed:
         trials[run.data.tags["mmm4rec.cell"]].append(_trial(client, run))
     return [_cell(run, trials[run.data.tags["mmm4rec.cell"]]) for run in sorted(cells, key=lambda run: int(run.data.params["position"]))]
+
+
+def read_ranks(folder: Path, trial: TrackedTrial) -> UserRanks | None:
+    """The test ranks that MLflow keeps with a trial's run; None where it has none (runs of earlier versions).
+
+    MLflow notes where artifacts lie when a study begins; of a study that was moved since, they are found in its folder.
+    """
+    client = MlflowClient(tracking_uri=store_uri(folder))
+    file = folder / "artifacts" / trial.run_id / "artifacts" / RANKS
+    if any(artifact.path == RANKS for artifact in client.list_artifacts(trial.run_id)):
+        file = Path(client.download_artifacts(trial.run_id, RANKS))
+    if not file.is_file():
+        return None
+    table = pd.read_parquet(file, columns=["split", "user", "rank"])
+    test = table[table["split"] == "test"]
+    return UserRanks(test["user"].to_numpy(), test["rank"].to_numpy(dtype=np.float64))
 
 
 def _runs(client: MlflowClient, experiments: list[str], wanted: str) -> list[Run]:
@@ -127,5 +158,6 @@ def _cell(run: Run, trials: list[TrackedTrial]) -> TrackedCell:
         besides_init=params["besides_init"],
         search_trials=int(params["search_trials"]),
         epochs=int(params["epochs"]),
+        baseline=tags.get("mmm4rec.baseline"),
         trials=tuple(sorted(trials, key=lambda trial: trial.seed)),
     )

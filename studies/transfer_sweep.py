@@ -2,6 +2,7 @@
 
     python studies/transfer_sweep.py --spec demo
     python studies/transfer_sweep.py --spec real_small --data DIR
+    python studies/transfer_sweep.py --spec SPEC --data DIR --on SHOP      # the spec's arms on a domain of your own
 
 Run again, it goes on where it was interrupted; a finished study prints its table.
 """
@@ -16,7 +17,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root, not studi
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from mmm4rec.errors import BadInput
-from studies.spec import add_arguments, load_spec
+from studies.spec import add_arguments, load_spec, on_domains
 from studies.study import describe, run_study
 
 
@@ -27,10 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
         epilog="Example: python studies/transfer_sweep.py --spec demo --out results",
     )
     add_arguments(parser)
+    parser.add_argument(
+        "--on", nargs="+", metavar="NAME", help="run the spec's arms on these folders under --data instead: raw ones, or prepared domains"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would run, and run nothing")
     told = parser.parse_args(arguments)
     try:
         spec = load_spec(told.spec)
+        if told.on:
+            spec = on_domains(spec, told.on)
         if told.dry_run:
             print(describe(spec))
             return 0

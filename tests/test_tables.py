@@ -210,6 +210,7 @@ def test_the_same_runs_give_the_same_bytes(study: Path) -> None:
     before = {file.name: file.read_bytes() for file in files}
     write_tables(study)
     assert {"main.csv", "transfer.tex", "convergence.png", "convergence.svg"} <= set(before)
+    assert not any(name.startswith("effects") for name in before), "the study has no baseline"
     assert before == {file.name: file.read_bytes() for file in files}
 
 

@@ -237,7 +237,7 @@ def test_test_targets_decide_nothing(make_domain: Callable[..., Domain], tmp_pat
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_transfer_names_every_tensor(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+def test_transfer_names_every_tensor(make_domain: Callable[..., Domain], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Two layers and a full filter into one layer and a small filter, ids into another domain."""
     source, target = make_domain("source"), make_domain("target", seed=1, items=25)
     drain(tiny(source, model={"layers": 2}, training={"epochs": 1}), tmp_path / "pre")
@@ -251,6 +251,8 @@ def test_transfer_names_every_tensor(make_domain: Callable[..., Domain], tmp_pat
     assert all(name.startswith("layers.0.filter.") for name in report.partly_loaded)
     assert report.skipped
     assert all(name.startswith("layers.1.") for name in report.skipped)
+    assert report.dropped_layers == [2]
+    assert "the model is shallower: layer 2 is dropped" in str(report)
     assert sorted(report.loaded + report.partly_loaded + report.reset + report.new) == sorted(own)
     assert sorted(report.loaded + report.partly_loaded + report.reset + report.skipped) == sorted(weights)
     name = "layers.0.filter.joint.real.weight"
@@ -259,6 +261,7 @@ def test_transfer_names_every_tensor(make_domain: Callable[..., Domain], tmp_pat
     assert not own["ids.text"].any()
     assembled = assemble(replace(config, init=str(tmp_path / "pre" / "best.safetensors")))
     assert assembled.transfer == report
+    assert "layer 2 is dropped" in caplog.text
 
 
 def test_transfer_refuses_other_sizes_and_encoders(make_domain: Callable[..., Domain], tmp_path: Path) -> None:

@@ -137,8 +137,8 @@ class ItemFeatures:
     def dimensions(self) -> dict[Modality, int]:
         return {modality: vectors.shape[1] for modality, vectors in self.vectors.items()}
 
-    def to(self, device: torch.device) -> ItemFeatures:
-        vectors = {modality: part.to(device) for modality, part in self.vectors.items()}
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ItemFeatures:
+        vectors = {modality: part.to(device, dtype) for modality, part in self.vectors.items()}
         return replace(self, vectors=vectors, present={modality: part.to(device) for modality, part in self.present.items()})
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch, Group
 from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
 from mmm4rec.models.blocks import Activation, CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD, TimeStep
-from mmm4rec.models.quirks import Quirks
+from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Catalogue, Recommender
 from mmm4rec.models.ssd import Implementation
 
@@ -58,7 +58,7 @@ class ModelConfig:
     cross_activation: Activation = "silu"  # of Cross-SSD; the release takes hardswish where causal_conv1d is not installed
     temperature: float = 0.8
     scan: Implementation = "auto"  # how the scan is computed; the numbers agree to float tolerance
-    quirks: Quirks = Quirks()
+    quirks: Quirks = NONE
 
     def __post_init__(self) -> None:
         sizes = ("width", "layers", "ffn_width", "expand", "head_width", "state", "conv_width", "max_len")
@@ -204,6 +204,7 @@ class MMM4Rec(Recommender):
         """Args: feature_dimensions: F a modality, without those that no domain has; n_items: I, for ids and per-item fusion."""
         super().__init__()
         self.config = config
+        self.features: ItemFeatures | None = None  # a released checkpoint carries those of its items (published.py)
         per_item = config.ids or config.fusion == "dynamic_instance"
         if per_item and n_items is None:
             raise ValueError("ids and per-item fusion need the number of items of one domain; turn them off for several domains.")

@@ -45,3 +45,6 @@ class Quirks:
     def published(cls) -> Quirks:
         """All of them: the release."""
         return cls(**{field.name: True for field in fields(cls)})
+
+
+NONE = Quirks()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import NAdam, Optimizer
 
 from mmm4rec.data.batches import DomainData, Plan, plan_epoch
-from mmm4rec.models.quirks import Quirks
+from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.evaluate import evaluate
@@ -88,7 +88,7 @@ class Run:
     config: TrainingConfig
     seed: int
     device: torch.device
-    quirks: Quirks = Quirks()
+    quirks: Quirks = NONE
     optimizer: Optimizer | None = None
     state: RunState = field(default_factory=RunState)
     on_step: Callable[[int, int], None] = lambda done, total: None  # progress inside an epoch, in micro-batches
