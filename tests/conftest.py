@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
+from mmm4rec.data.demo import DemoConfig
 from mmm4rec.data.domain import Domain, open_domain, write_domain
 from mmm4rec.data.features import add_features
 
@@ -60,3 +61,27 @@ def make_domain(tmp_path: Path) -> Callable[..., Domain]:
 
 
 TINY_MODEL = {"width": 16, "ffn_width": 16, "head_width": 8, "state": 8, "max_len": 8}
+TINY_SHOPS = DemoConfig(
+    sources=("bazaar",), targets=("attic",), source_users=80, source_items=40, target_users=60, target_items=40, dimensions=8
+)
+TINY_STUDY = {
+    "study": "tiny",
+    "domains": {"demo": True},
+    "model": {"width": 16, "ffn_width": 16, "head_width": 8, "state": 8},
+    "training": {"batch_size": 64, "accumulation": 1},
+    "pretrain": {"sources": ["bazaar"], "training": {"epochs": 2, "batch_size": 64, "accumulation": 1}, "workers": 2},
+    "space": {
+        "training.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True},
+        "model.filter_size": {"choices": [2, 4]},
+        "model.dropout": {"low": 0.0, "high": 0.5},
+    },
+    "arms": {
+        "pretrained": {"init": "pretrained"},
+        "scratch": {},
+        "no_time": {"init": "pretrained", "model": {"time": False}},
+        "popularity": {"recommender": "popularity"},
+    },
+    "cells": [{"domains": ["attic"], "arms": ["pretrained", "scratch", "no_time", "popularity"]}],
+    "baseline": "scratch",
+    "budget": {"search_trials": 3, "epochs": 4, "grace_epochs": 1, "reduction": 2, "confirm_seeds": 2},
+}

@@ -1,7 +1,4 @@
-"""Facts about whole studies on tiny generated domains: through Ray with a kill in the middle, and blindness to the test split.
-
-And about what a study begins with: the domains it is told to run on, the depth that was pre-trained, its pinned spec.
-"""
+"""Facts about whole studies on tiny generated domains: through Ray with a kill in the middle, and blindness to the test split."""
 
 from __future__ import annotations
 
@@ -12,67 +9,38 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import yaml
-from conftest import TINY_MODEL
+from conftest import TINY_SHOPS, TINY_STUDY
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
 from mmm4rec.config import from_dict, to_dict
-from mmm4rec.data.demo import DemoConfig, write_demo
-from mmm4rec.data.domain import Domain, fingerprint, open_domain
-from mmm4rec.errors import BadInput
+from mmm4rec.data.demo import write_demo
+from mmm4rec.data.domain import fingerprint, open_domain
 from mmm4rec.run import execute
-from mmm4rec.training.checkpoint import save_model
-from studies.cells import Cell, Source, build_cells
-from studies.domains import make_domains
+from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
-from studies.pretrain import pretrain_config
-from studies.spec import Domains, Spec, TextEncoder, load_spec, on_domains
-from studies.state import Journal, Trial
-from studies.study import open_study
+from studies.spec import Spec
+from studies.state import Journal
 from studies.suggestions import Suggestions
 from studies.transfer_sweep import main
 
 ROOT = Path(__file__).parent.parent
-TINY = DemoConfig(sources=("bazaar",), targets=("attic",), source_users=80, source_items=40, target_users=60, target_items=40, dimensions=8)
-SPEC = {
-    "study": "tiny",
-    "domains": {"demo": True},
-    "model": {"width": 16, "ffn_width": 16, "head_width": 8, "state": 8},
-    "training": {"batch_size": 64, "accumulation": 1},
-    "pretrain": {"sources": ["bazaar"], "training": {"epochs": 2, "batch_size": 64, "accumulation": 1}, "workers": 2},
-    "space": {
-        "training.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True},
-        "model.filter_size": {"choices": [2, 4]},
-        "model.dropout": {"low": 0.0, "high": 0.5},
-    },
-    "arms": {
-        "pretrained": {"init": "pretrained"},
-        "scratch": {},
-        "no_time": {"init": "pretrained", "model": {"time": False}},
-        "popularity": {"recommender": "popularity"},
-    },
-    "cells": [{"domains": ["attic"], "arms": ["pretrained", "scratch", "no_time", "popularity"]}],
-    "baseline": "scratch",
-    "budget": {"search_trials": 3, "epochs": 4, "grace_epochs": 1, "reduction": 2, "confirm_seeds": 2},
-}
 TRIALS = {("search", arm): 3 for arm in ("pretrained", "scratch", "no_time")}
 TRIALS |= {("confirm", arm): 2 for arm in ("pretrained", "scratch", "no_time")} | {("confirm", "popularity"): 1}
 
 
 def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
     spec = folder / "tiny.yaml"
-    spec.write_text(yaml.safe_dump({**SPEC, **changes}))
+    spec.write_text(yaml.safe_dump({**TINY_STUDY, **changes}))
     command = [sys.executable, str(ROOT / "studies" / "transfer_sweep.py"), "--spec", str(spec), "--out", str(folder)]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
@@ -107,7 +75,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
     """A study whose driver is killed after some trials and that is then run to its end: folder, what had ended, output."""
     folder = tmp_path_factory.mktemp("results")
     (folder / "tiny").mkdir()
-    write_demo(folder / "tiny" / "domains", config=TINY)
+    write_demo(folder / "tiny" / "domains", config=TINY_SHOPS)
     driver, deadline = start(folder), time.monotonic() + 200
     while len(ended(folder)) < 4 and time.monotonic() < deadline and driver.poll() is None:
         time.sleep(0.1)
@@ -125,7 +93,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the workers in /proc, which Linux has")
 def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
-    write_demo(tmp_path / "tiny" / "domains", config=TINY)
+    write_demo(tmp_path / "tiny" / "domains", config=TINY_SHOPS)
     budget = {"search_trials": 2, "epochs": 20, "grace_epochs": 20, "confirm_seeds": 1}
     cells = [{"domains": ["attic"], "arms": ["scratch"]}]
     driver = start(
@@ -209,7 +177,10 @@ def test_a_finished_study_prints_its_table_again(killed: tuple[Path, dict[str, t
 
 def run_without_ray(folder: Path, domain: Path) -> dict[str, tuple]:
     """The study's scratch arms on one domain, one trial at a time: by cell the chosen config and what each trial came to."""
-    wanted = {**SPEC, "arms": {"scratch": {}, "text_only": {"model": {"modalities": "text"}}, "popularity": {"recommender": "popularity"}}}
+    wanted = {
+        **TINY_STUDY,
+        "arms": {"scratch": {}, "text_only": {"model": {"modalities": "text"}}, "popularity": {"recommender": "popularity"}},
+    }
     spec = from_dict(Spec, {**wanted, "cells": [{"domains": ["attic"], "arms": list(wanted["arms"])}]}, source="test")  # type: ignore[call-overload]
     opened = open_domain(domain)
     cells, _ = build_cells(spec, {"attic": Source(str(domain), opened.fingerprint, True)})
@@ -234,7 +205,7 @@ def run_without_ray(folder: Path, domain: Path) -> dict[str, tuple]:
 
 def other_test_targets(source: Path, target: Path) -> None:
     """The demo domain with each user's last item and its time replaced."""
-    write_demo(target.parent, config=TINY)
+    write_demo(target.parent, config=TINY_SHOPS)
     domain, random = open_domain(source), np.random.default_rng(1)
     items, timestamps = np.array(domain.items), np.array(domain.timestamps)
     last = domain.offsets[1:] - 1
@@ -252,7 +223,7 @@ def other_test_targets(source: Path, target: Path) -> None:
 
 @pytest.mark.slow
 def test_with_other_test_targets_configs_best_epochs_and_weights_are_the_same(tmp_path: Path) -> None:
-    write_demo(tmp_path / "one", config=TINY)
+    write_demo(tmp_path / "one", config=TINY_SHOPS)
     other_test_targets(tmp_path / "one" / "attic", tmp_path / "two" / "attic")
     one = run_without_ray(tmp_path / "study_one", tmp_path / "one" / "attic")
     two = run_without_ray(tmp_path / "study_two", tmp_path / "two" / "attic")
@@ -263,121 +234,3 @@ def test_with_other_test_targets_configs_best_epochs_and_weights_are_the_same(tm
         assert set(weights) == set(two[name][3])
         assert all(np.array_equal(weights[tensor], two[name][3][tensor]) for tensor in weights), name
         assert test is None or test != two[name][4], "the replaced targets changed no test metric: the test shows nothing"
-
-
-def spec(**changes: object) -> Spec:
-    return from_dict(Spec, {**SPEC, **changes}, source="test")
-
-
-def sources(*names: str) -> dict[str, Source]:
-    return {name: Source(f"/{name}", f"print-{name}", True) for name in ("bazaar", "attic", *names)}
-
-
-def trial_of(cell: Cell) -> Trial:
-    return Trial("", cell.name, "confirm", 0, 1, {}, "running", None, None, 0, None, False)
-
-
-def test_seen_items_are_left_out_in_every_run_or_in_none(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
-    domain = make_domain()
-    opened = {**sources(), "attic": Source(str(domain.path), domain.fingerprint, True)}
-    plain, masked = (build_cells(spec(mask_seen=on, model=TINY_MODEL), opened)[0] for on in (False, True))
-    assert all("data" not in cell.run for cell in plain), "trial keys of other studies must stay"
-    assert all(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in masked)
-    assert not any(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in plain)
-    assert [pretrain_config(spec(mask_seen=on), opened).data.mask_seen for on in (False, True)] == [False, True]
-    for cell in (plain[-1], masked[-1]):
-        list(execute(run_config(cell, trial_of(cell), None), tmp_path / cell.fingerprint))
-        result = json.loads((tmp_path / cell.fingerprint / "result.json").read_text())
-        assert result["fingerprint"] == cell.fingerprint
-    assert (plain[-1].fingerprint, masked[-1].fingerprint) == (domain.fingerprint, f"{domain.fingerprint}+mask_seen")
-
-
-def test_on_runs_every_arm_on_the_readers_domains() -> None:
-    one = {**SPEC["arms"]["no_time"], "init": "scratch"}  # type: ignore[index]
-    groups = [{"domains": ["attic"], "arms": ["scratch", "plain"]}, {"domains": ["corner"], "arms": ["popularity", "scratch"]}]
-    arms = {**SPEC["arms"], "plain": one}  # type: ignore[dict-item]
-    changed = on_domains(spec(pretrain={"checkpoint": "x.safetensors"}, arms=arms, cells=groups), ["shop", "stall"])
-    assert changed.study == "tiny_shop_stall"
-    assert changed.domains == Domains(prepare={"shop": "shop", "stall": "stall"})
-    cells = build_cells(changed, sources("shop", "stall"))[0]
-    assert [cell.name for cell in cells] == [f"{shop}/{arm}" for shop in ("shop", "stall") for arm in ("scratch", "plain", "popularity")]
-    with pytest.raises(BadInput, match=r"pre-trains on bazaar, which --on takes away"):
-        on_domains(spec(), ["shop"])
-    with pytest.raises(BadInput, match="none twice"):
-        on_domains(spec(pretrain={"checkpoint": "x.safetensors"}), ["shop", "shop"])
-
-
-def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--spec", "demo", "--on", "shop", "--dry-run"]) == 2
-    assert "--on takes away" in capsys.readouterr().err
-    assert main(["--spec", "scientific_62_steps", "--on", "shop", "stall", "--dry-run"]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]] == [
-        f"{shop}/{arm}" for shop in ("shop", "stall") for arm in load_spec("scientific_62_steps").arms
-    ]
-
-
-def test_a_prepared_domain_is_read_where_it_is_and_never_written_to(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
-    domain = make_domain("shop")
-    before = {file: file.stat().st_mtime_ns for file in domain.path.rglob("*")}
-    domains, folder = Domains(prepare={"mine": "shop"}), tmp_path / "study"
-    found = make_domains(domains, folder, data=tmp_path, seed=0)
-    assert found == {"mine": Source(str(domain.path.resolve()), domain.fingerprint, True)}
-    assert not folder.exists()
-    encoded = Domains(prepare={"mine": "shop"}, text_encoder=TextEncoder(fit_on=("mine",), domains=("mine",)))
-    with pytest.raises(BadInput, match="domain 'mine' was prepared elsewhere"):
-        make_domains(encoded, folder, data=tmp_path, seed=0)
-    assert before == {file: file.stat().st_mtime_ns for file in domain.path.rglob("*")}
-    with pytest.raises(BadInput, match="Give it with --data DIR"):
-        make_domains(domains, folder, data=None, seed=0)
-
-
-def layers_of(wanted: Spec) -> tuple[list[int], tuple[str, ...]]:
-    """By cell the layers that its runs have; and the warnings."""
-    cells, warnings = build_cells(wanted, sources())
-    return [run_config(cell, trial_of(cell), Path("x")).model.layers for cell in cells], warnings
-
-
-DEPTH_ARMS = {"pretrained": {"init": "pretrained"}, "scratch": {}, "one": {"init": "pretrained", "model": {"layers": 1}}}
-DEPTH_CELLS = [{"domains": ["attic"], "arms": list(DEPTH_ARMS)}]
-LOST = "cell 'attic/one' has 1 of the 3 pre-trained layers: layer 2, 3 is dropped."
-
-
-def test_cells_are_as_deep_as_was_pre_trained_and_dropped_layers_are_named() -> None:
-    deep = {"sources": ["bazaar"], "model": {"layers": 3}}
-    plain = {"arms": DEPTH_ARMS, "cells": DEPTH_CELLS}
-    assert layers_of(spec(pretrain=deep, **plain)) == ([3, 3, 1], (LOST,))
-    assert layers_of(spec(pretrain=deep, model={"layers": 2}, **plain))[0] == [3, 3, 1]
-    assert layers_of(spec(pretrain={"sources": ["bazaar"]}, model={"layers": 2}, **plain)) == (
-        [2, 2, 1],
-        ("cell 'attic/one' has 1 of the 2 pre-trained layers: layer 2 is dropped.",),
-    )
-    assert layers_of(spec(pretrain={"sources": ["bazaar"]}, **plain)) == ([1, 1, 1], ())
-    deeper = {"three": {"init": "pretrained", "model": {"layers": 3}}}
-    assert layers_of(spec(arms=deeper, cells=[{"domains": ["attic"], "arms": ["three"]}], baseline=None)) == ([3], ())
-
-
-def test_a_depth_that_the_model_has_anyway_changes_no_trial_key() -> None:
-    with_pretraining = build_cells(spec(arms=DEPTH_ARMS, cells=DEPTH_CELLS), sources())[0]
-    assert "layers" not in with_pretraining[0].run["model"]
-
-
-def test_the_depth_of_a_checkpoint_is_read_from_its_header(tmp_path: Path) -> None:
-    file = tmp_path / "best.safetensors"
-    save_model(file, {"x": torch.zeros(1)}, {"config": {"model": {"layers": 3}}})
-    given = spec(pretrain={"checkpoint": str(file)}, arms=DEPTH_ARMS, cells=DEPTH_CELLS)
-    assert layers_of(given) == ([3, 3, 1], (LOST,))
-    file.write_bytes(b"no weights")
-    with pytest.raises(BadInput, match="is no model of ours"):
-        layers_of(given)
-    file.unlink()
-    assert layers_of(given) == ([1, 1, 1], ())
-
-
-def test_a_begun_study_takes_another_baseline_and_no_other_protocol(tmp_path: Path) -> None:
-    (tmp_path / "tiny").mkdir()
-    write_demo(tmp_path / "tiny" / "domains", config=TINY)
-    for baseline in ("scratch", "pretrained"):
-        with open_study(spec(baseline=baseline), tmp_path, data=None) as study:
-            assert len(study.plan.cells) == 4
-    with pytest.raises(BadInput, match="mask_seen: False then, True now"), open_study(spec(mask_seen=True), tmp_path, data=None):
-        pass

@@ -1,0 +1,144 @@
+"""What a study begins with: its domains, the depth that was pre-trained, the protocol of its metrics, its pinned spec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_MODEL, TINY_SHOPS, TINY_STUDY
+
+from mmm4rec.config import from_dict
+from mmm4rec.data.demo import write_demo
+from mmm4rec.data.domain import Domain
+from mmm4rec.errors import BadInput
+from mmm4rec.run import execute
+from mmm4rec.training.checkpoint import save_model
+from studies.cells import Cell, Source, build_cells
+from studies.domains import make_domains
+from studies.engine import run_config
+from studies.pretrain import pretrain_config
+from studies.spec import Domains, Spec, TextEncoder, load_spec, on_domains
+from studies.state import Trial
+from studies.study import open_study
+from studies.transfer_sweep import main
+
+
+def spec(**changes: object) -> Spec:
+    return from_dict(Spec, {**TINY_STUDY, **changes}, source="test")
+
+
+def sources(*names: str) -> dict[str, Source]:
+    return {name: Source(f"/{name}", f"print-{name}", True) for name in ("bazaar", "attic", *names)}
+
+
+def trial_of(cell: Cell) -> Trial:
+    return Trial("", cell.name, "confirm", 0, 1, {}, "running", None, None, 0, None, False)
+
+
+def test_seen_items_are_left_out_in_every_run_or_in_none(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    domain = make_domain()
+    opened = {**sources(), "attic": Source(str(domain.path), domain.fingerprint, True)}
+    plain, masked = (build_cells(spec(mask_seen=on, model=TINY_MODEL), opened)[0] for on in (False, True))
+    assert all("data" not in cell.run for cell in plain), "trial keys of other studies must stay"
+    assert all(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in masked)
+    assert not any(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in plain)
+    assert [pretrain_config(spec(mask_seen=on), opened).data.mask_seen for on in (False, True)] == [False, True]
+    for cell in (plain[-1], masked[-1]):
+        list(execute(run_config(cell, trial_of(cell), None), tmp_path / cell.fingerprint))
+        result = json.loads((tmp_path / cell.fingerprint / "result.json").read_text())
+        assert result["fingerprint"] == cell.fingerprint
+    assert (plain[-1].fingerprint, masked[-1].fingerprint) == (domain.fingerprint, f"{domain.fingerprint}+mask_seen")
+
+
+def test_on_runs_every_arm_on_the_readers_domains() -> None:
+    one = {**TINY_STUDY["arms"]["no_time"], "init": "scratch"}  # type: ignore[index]
+    groups = [{"domains": ["attic"], "arms": ["scratch", "plain"]}, {"domains": ["corner"], "arms": ["popularity", "scratch"]}]
+    arms = {**TINY_STUDY["arms"], "plain": one}  # type: ignore[dict-item]
+    changed = on_domains(spec(pretrain={"checkpoint": "x.safetensors"}, arms=arms, cells=groups), ["shop", "stall"])
+    assert changed.study == "tiny_shop_stall"
+    assert changed.domains == Domains(prepare={"shop": "shop", "stall": "stall"})
+    cells = build_cells(changed, sources("shop", "stall"))[0]
+    assert [cell.name for cell in cells] == [f"{shop}/{arm}" for shop in ("shop", "stall") for arm in ("scratch", "plain", "popularity")]
+    with pytest.raises(BadInput, match=r"pre-trains on bazaar, which --on takes away"):
+        on_domains(spec(), ["shop"])
+    with pytest.raises(BadInput, match="none twice"):
+        on_domains(spec(pretrain={"checkpoint": "x.safetensors"}), ["shop", "shop"])
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--spec", "demo", "--on", "shop", "--dry-run"]) == 2
+    assert "--on takes away" in capsys.readouterr().err
+    assert main(["--spec", "scientific_62_steps", "--on", "shop", "stall", "--dry-run"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[:-1]] == [
+        f"{shop}/{arm}" for shop in ("shop", "stall") for arm in load_spec("scientific_62_steps").arms
+    ]
+
+
+def test_a_prepared_domain_is_read_where_it_is_and_never_written_to(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    domain = make_domain("shop")
+    before = {file: file.stat().st_mtime_ns for file in domain.path.rglob("*")}
+    domains, folder = Domains(prepare={"mine": "shop"}), tmp_path / "study"
+    found = make_domains(domains, folder, data=tmp_path, seed=0)
+    assert found == {"mine": Source(str(domain.path.resolve()), domain.fingerprint, True)}
+    assert not folder.exists()
+    encoded = Domains(prepare={"mine": "shop"}, text_encoder=TextEncoder(fit_on=("mine",), domains=("mine",)))
+    with pytest.raises(BadInput, match="domain 'mine' was prepared elsewhere"):
+        make_domains(encoded, folder, data=tmp_path, seed=0)
+    assert before == {file: file.stat().st_mtime_ns for file in domain.path.rglob("*")}
+    with pytest.raises(BadInput, match="Give it with --data DIR"):
+        make_domains(domains, folder, data=None, seed=0)
+
+
+def layers_of(wanted: Spec) -> tuple[list[int], tuple[str, ...]]:
+    """By cell the layers that its runs have; and the warnings."""
+    cells, warnings = build_cells(wanted, sources())
+    return [run_config(cell, trial_of(cell), Path("x")).model.layers for cell in cells], warnings
+
+
+DEPTH_ARMS = {"pretrained": {"init": "pretrained"}, "scratch": {}, "one": {"init": "pretrained", "model": {"layers": 1}}}
+DEPTH_CELLS = [{"domains": ["attic"], "arms": list(DEPTH_ARMS)}]
+LOST = "cell 'attic/one' has 1 of the 3 pre-trained layers: layer 2, 3 is dropped."
+
+
+def test_cells_are_as_deep_as_was_pre_trained_and_dropped_layers_are_named() -> None:
+    deep = {"sources": ["bazaar"], "model": {"layers": 3}}
+    plain = {"arms": DEPTH_ARMS, "cells": DEPTH_CELLS}
+    assert layers_of(spec(pretrain=deep, **plain)) == ([3, 3, 1], (LOST,))
+    assert layers_of(spec(pretrain=deep, model={"layers": 2}, **plain))[0] == [3, 3, 1]
+    assert layers_of(spec(pretrain={"sources": ["bazaar"]}, model={"layers": 2}, **plain)) == (
+        [2, 2, 1],
+        ("cell 'attic/one' has 1 of the 2 pre-trained layers: layer 2 is dropped.",),
+    )
+    assert layers_of(spec(pretrain={"sources": ["bazaar"]}, **plain)) == ([1, 1, 1], ())
+    deeper = {"three": {"init": "pretrained", "model": {"layers": 3}}}
+    assert layers_of(spec(arms=deeper, cells=[{"domains": ["attic"], "arms": ["three"]}], baseline=None)) == ([3], ())
+
+
+def test_a_depth_that_the_model_has_anyway_changes_no_trial_key() -> None:
+    with_pretraining = build_cells(spec(arms=DEPTH_ARMS, cells=DEPTH_CELLS), sources())[0]
+    assert "layers" not in with_pretraining[0].run["model"]
+
+
+def test_the_depth_of_a_checkpoint_is_read_from_its_header(tmp_path: Path) -> None:
+    file = tmp_path / "best.safetensors"
+    save_model(file, {"x": torch.zeros(1)}, {"config": {"model": {"layers": 3}}})
+    given = spec(pretrain={"checkpoint": str(file)}, arms=DEPTH_ARMS, cells=DEPTH_CELLS)
+    assert layers_of(given) == ([3, 3, 1], (LOST,))
+    file.write_bytes(b"no weights")
+    with pytest.raises(BadInput, match="is no model of ours"):
+        layers_of(given)
+    file.unlink()
+    assert layers_of(given) == ([1, 1, 1], ())
+
+
+def test_a_begun_study_takes_another_baseline_and_no_other_protocol(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    write_demo(tmp_path / "tiny" / "domains", config=TINY_SHOPS)
+    for baseline in ("scratch", "pretrained"):
+        with open_study(spec(baseline=baseline), tmp_path, data=None) as study:
+            assert len(study.plan.cells) == 4
+    with pytest.raises(BadInput, match="mask_seen: False then, True now"), open_study(spec(mask_seen=True), tmp_path, data=None):
+        pass
