@@ -14,7 +14,7 @@ from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.data.features import ItemFeatures, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.models.mmm4rec import MMM4Rec
-from mmm4rec.models.published import from_published, read_published, read_tensors
+from mmm4rec.models.published import CHANNELS, from_published, read_published, read_tensors
 from mmm4rec.run import DataConfig, RunConfig
 from mmm4rec.training.checkpoint import save_model
 from mmm4rec.training.loop import TrainingConfig
@@ -45,8 +45,8 @@ def import_published(
     opened = None if domain is None else open_domain(domain)
     own = None if opened is None else load_features(opened, ("text", "image"))
     weights = read_published(checkpoint)
-    if opened is not None:
-        _check_items(weights, opened)
+    if opened is not None and own is not None:
+        _check_domain(weights, opened, own)
     try:
         model = from_published(weights, features=tables or (own.vectors if own else None), **options)  # type: ignore[arg-type]
     except BadInput as error:
@@ -71,11 +71,17 @@ def _table(file: Path) -> Tensor:
     return table
 
 
-def _check_items(weights: Mapping[str, Tensor], domain: Domain) -> None:
-    for name in ("text_item_embedding_bias", "text_embedding"):
-        if name in weights and len(weights[name]) != domain.n_items + 1:
+def _check_domain(weights: Mapping[str, Tensor], domain: Domain, features: ItemFeatures) -> None:
+    """Raise BadInput unless the domain has the items and the features that the checkpoint's tensors are made for."""
+    for name in ("text_item_embedding_bias", "text_embedding", "fusion_factor"):
+        if name in weights and weights[name].dim() == 2 and len(weights[name]) != domain.n_items + 1:
             rule = f"has {domain.n_items:,} items; the checkpoint's '{name}' is of {len(weights[name]) - 1:,}."
             raise BadInput(rule, file=domain.path, remedy="Prepare the domain that it was trained on, with the same items.")
+    for modality, channel in CHANNELS.items():
+        adapter = weights.get(f"{channel}_adapter.0.weight")
+        if adapter is not None and features.dimensions.get(modality) != adapter.shape[1]:
+            rule = f"has {modality} features of dimension {features.dimensions.get(modality)}; the checkpoint reads {adapter.shape[1]}."
+            raise BadInput(rule, file=domain.path, remedy="Encode the domain with the encoder that it was trained with.")
 
 
 def _describe(checkpoint: Path, model: MMM4Rec, domain: Domain | None, own: ItemFeatures | None) -> dict[str, Any]:
@@ -86,9 +92,11 @@ def _describe(checkpoint: Path, model: MMM4Rec, domain: Domain | None, own: Item
     return {
         "config": to_dict(config),
         "fingerprints": {} if domain is None else {domain.name: domain.fingerprint},
-        "features": {"released": {name: hashlib.sha256(table.numpy().tobytes()).hexdigest()[:16] for name, table in vectors.items()}},
+        "features": {
+            "released": {name: hashlib.sha256(table.float().numpy().tobytes()).hexdigest()[:16] for name, table in vectors.items()}
+        },
         "init": None,
         "feature_dimensions": {modality: adapter.in_features for modality, adapter in model.adapters.items()},
         "encoders": {} if own is None else dict(own.encoders),
-        "n_items": next((len(table) - 1 for table in model.ids.values()), None),
+        "n_items": next((len(table) - 1 for table in (*model.ids.values(), model.fusion) if table is not None and table.dim() == 2), None),
     }

@@ -37,12 +37,17 @@ def open_model(
     """
     weights, metadata = load_model(model_file)
     config = from_dict(RunConfig, metadata["config"], source=str(model_file))
+    config = replace(config, model=replace(config.model, scan="auto"))  # it was trained with what its machine had
     domain, chosen = open_domain(domain_folder), choose_device(device)
     features = load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features)
     per_item = config.model.ids or config.model.fusion == "dynamic_instance" or config.recommender == "popularity"
     if per_item and domain.fingerprint not in metadata["fingerprints"].values():
-        rule = f"has learned single items of {metadata['fingerprints']}; domain '{domain.name}' is {domain.fingerprint}."
-        raise BadInput(rule, file=model_file, remedy="Fine-tune it on this domain: mmm4rec train --init")
+        known = ", ".join(f"'{name}' ({mark})" for name, mark in metadata["fingerprints"].items()) or "a domain that it does not name"
+        rule = f"has learned single items of {known}; domain '{domain.name}' is {domain.fingerprint}."
+        remedy = (
+            "Fine-tune it on this domain: mmm4rec train --init; or bind an imported checkpoint to its domain: import-published --domain"
+        )
+        raise BadInput(rule, file=model_file, remedy=remedy)
     if config.model.time and domain.timestamps is None and config.recommender == "mmm4rec":
         raise BadInput(f"reads times, and domain '{domain.name}' has none.", file=model_file, remedy="Train with model.time=false.")
     check_encoders(metadata, [features], [domain], model_file)

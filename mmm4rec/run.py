@@ -28,6 +28,7 @@ from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.recommender import Recommender
+from mmm4rec.models.ssd import why_no_kernel
 from mmm4rec.tracking import JsonLinesTracker, Tracker
 from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import Transfer, check_identity, hash_file, load_last, load_model, save_last, save_model, transfer
@@ -92,6 +93,8 @@ def assemble(config: RunConfig) -> Assembled:
     domains = tuple(open_domain(path) for path in config.data.domains)
     config = resolve(config, domains)
     device = choose_device(config.device)
+    if config.model.scan == "triton" and (problem := why_no_kernel(device, torch.float32)):
+        raise BadInput(f"model.scan=triton {problem}.", remedy="Or use model.scan=auto.")
     features = [load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
 from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
 from mmm4rec.models.mmm4rec import ModelConfig
-from studies.spec import Arm, Parameter, Spec
+from mmm4rec.training.checkpoint import load_description
+from studies.spec import Parameter, Spec
 
 FILTER_SIZE = "model.filter_size"
-MASKED = {"mask_seen": True}
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,7 @@ class Source:
     path: str
     fingerprint: str
     has_timestamps: bool
+    features: Mapping[str, str] | None = None  # digest a modality; None: not looked at yet
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Cell:
     @property
     def fingerprint(self) -> str:
         """What a number of this cell means, as its runs' results say it."""
-        return self.source.fingerprint + ("+mask_seen" if self.run.get("data") == MASKED else "")
+        return self.source.fingerprint + ("+mask_seen" if self.run["data"]["mask_seen"] else "")
 
     def trial_key(self, config: Mapping[str, Any], seed: int, phase: str) -> str:
         """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out."""
@@ -60,7 +59,7 @@ class Cell:
 
 
 def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
-    """The study's cells in the spec's order, and warnings: time that had to be turned off, pre-trained layers that fall away.
+    """The study's cells in the spec's order, and warnings: time turned off, features missing, pre-trained layers dropped.
 
     Every arm has as many layers as were pre-trained, scratch too, unless its own model says otherwise.
     Raises BadInput where a domain is unknown or was pre-trained on, an arm searches a filter size that it has no
@@ -77,7 +76,7 @@ def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, 
     warnings = tuple(
         f"domain '{domain}' has no timestamps: time is off in its cells, and filter_size is not searched." for domain in timeless
     )
-    return cells, warnings + _dropped_layers(cells, depth)
+    return cells, warnings + _featureless(cells) + _dropped_layers(cells, depth)
 
 
 def _pretrained_depth(spec: Spec) -> int | None:
@@ -87,13 +86,14 @@ def _pretrained_depth(spec: Spec) -> int | None:
     if spec.pretrain.checkpoint is None:
         return from_dict(ModelConfig, merge(spec.model, spec.pretrain.model), source=f"study {spec.study}, pretrain").layers
     file = Path(spec.pretrain.checkpoint)
-    if not file.is_file():
-        return None
-    try:
-        with safe_open(str(file), framework="numpy") as opened:  # reads the header alone
-            return int(json.loads(opened.metadata()["mmm4rec"])["config"]["model"]["layers"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"is no model of ours ({error}).", file=file, remedy="Give the best.safetensors of a run.") from error
+    return int(load_description(file)["config"]["model"]["layers"]) if file.is_file() else None
+
+
+def _featureless(cells: Sequence[Cell]) -> tuple[str, ...]:
+    domains = dict.fromkeys(cell.domain for cell in cells if cell.source.features is not None and not cell.source.features)
+    return tuple(
+        f"domain '{domain}' has no features: its cells learn from item ids alone. To change that: mmm4rec encode." for domain in domains
+    )
 
 
 def _dropped_layers(cells: Sequence[Cell], depth: int | None) -> tuple[str, ...]:
@@ -116,20 +116,10 @@ def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping
             raise BadInput(rule, remedy="Take it out of pretrain.sources or out of the cells.")
 
 
-def _model(spec: Spec, arm: Arm, depth: int | None) -> dict[str, Any]:
-    """The study's model, as deep as was pre-trained, then what the arm changes.
-
-    A depth that the study's model has anyway is not written out: the trial keys of earlier studies stay.
-    """
-    if depth in (None, from_dict(ModelConfig, spec.model, source=f"study {spec.study}").layers):
-        return merge(spec.model, arm.model)
-    return merge(merge(spec.model, {"layers": depth}), arm.model)
-
-
 def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: int | None) -> Cell:
     arm, budget = spec.arms[arm_name], spec.budget
     trained = arm.recommender == "mmm4rec"
-    model = _model(spec, arm, depth)
+    model = merge(merge(spec.model, {} if depth is None else {"layers": depth}), arm.model)
     if not source.has_timestamps:
         model["time"] = False
     training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
@@ -147,7 +137,7 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: i
         init=arm.init,
         shuffle_features=arm.shuffle_features,
         run={
-            **({"data": MASKED} if spec.mask_seen else {}),  # only where it is on: the trial keys of other studies stay
+            "data": {"mask_seen": spec.mask_seen},
             "recommender": arm.recommender,
             "model": model,
             "training": training,

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mmm4rec.data.demo import write_demo
-from mmm4rec.data.domain import open_domain
+from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.data.encode import encode_domains
+from mmm4rec.data.features import MODALITIES, open_features
 from mmm4rec.data.prepare import prepare
 from mmm4rec.errors import BadInput
 from studies.cells import Source
@@ -59,5 +60,10 @@ def _encode(encoder: TextEncoder, places: Mapping[str, Path], folder: Path) -> N
 
 
 def _sources(places: Mapping[str, Path]) -> dict[str, Source]:
-    opened = {name: open_domain(place) for name, place in places.items()}
-    return {name: Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None) for name, domain in opened.items()}
+    return {name: _source(open_domain(place)) for name, place in places.items()}
+
+
+def _source(domain: Domain) -> Source:
+    tables = {modality: open_features(domain, modality) for modality in MODALITIES}
+    digests: dict[str, str] = {modality: table.digest for modality, table in tables.items() if table is not None}
+    return Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None, digests)

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,12 @@ class MlflowTracker:
 
     def start(self) -> None:
         self._thread.start()
+
+    def baseline(self) -> None:
+        """Tell each cell's run the baseline of the spec as it is now. Returns at once."""
+        tag = {"mmm4rec.baseline": self._spec.baseline or ""}
+        for name in self._cells:
+            self._jobs.put(partial(self._tag_cell, name, tag))
 
     def trial(self, trial_key: str) -> None:
         """Something is new about this trial. Returns at once."""
@@ -157,8 +163,10 @@ class MlflowTracker:
             "confirm_seeds": cell.confirm_seeds,
             "space": json.dumps({key: [p.low, p.high, p.log, p.choices] for key, p in cell.space.items()}),
         }
-        tags = _cell_tags(cell) | ({} if self._spec.baseline is None else {"mmm4rec.baseline": self._spec.baseline})
-        return self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=tags, params=params, parent=self._study_run())
+        return self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=_cell_tags(cell), params=params, parent=self._study_run())
+
+    def _tag_cell(self, name: str, tags: Mapping[str, str]) -> None:
+        self._set(self._cell_run(name), tags, {})
 
     def _study_run(self) -> str:
         name, params = self._spec.study, {"seed": self._spec.seed, "cells": len(self._cells)}

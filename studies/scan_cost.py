@@ -2,10 +2,11 @@
 
 Dimensions: b examples, L positions, H heads, P head width, G groups, N state size.
 
-Time: forward and backward, the median over repeats that take turns in one process; on one CPU thread the process's
-own CPU time, which is the time on an idle machine also where other work waits for the same cores. Memory: what forward and backward
-add to the peak of a fresh process (of a CUDA device: to its allocated bytes), over the inputs and the imports; short
-sequences run many at once and the peak is divided by their number, so that it stands clear of page-sized noise.
+Time: forward and backward, the median over rounds in which all points take turns in one process; on one CPU thread it
+is the process's own CPU time, which is the time on an idle machine even where other work waits for the same cores.
+Memory: what forward and backward add to the peak of a fresh process (on CUDA: to its allocated bytes), over the inputs
+and the imports; short sequences run many at once and the peak is divided by their number, so that it stands clear of
+page-sized noise.
 The constants of ssd.py rest on this script: QUADRATIC_UP_TO on cost.csv and constants.csv, CHUNK on constants.csv.
 """
 

@@ -198,6 +198,8 @@ def on_domains(spec: Spec, names: Sequence[str]) -> Spec:
     if spec.pretrain is not None and spec.pretrain.sources:
         rule = f"study '{spec.study}' pre-trains on {', '.join(spec.pretrain.sources)}, which --on takes away."
         raise BadInput(rule, remedy="Pre-train first, and name the best.safetensors in a spec's pretrain.checkpoint.")
+    if odd := [name for name in names if not name.strip(".") or Path(name).name != name]:
+        raise BadInput(f"--on names '{odd[0]}', which is no folder right under --data.", remedy="Give names, and their parent as --data.")
     arms = dict.fromkeys(arm for group in spec.cells for arm in group.arms)
     changes = {
         "study": "_".join([spec.study, *names]),

@@ -61,6 +61,7 @@ def open_study(spec: Spec, out: Path, *, data: Path | None, say: Callable[[str],
         journal.remember("begun_ms", str(now_ms()))
         (folder / "spec.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
         sources = make_domains(spec.domains, folder / "domains", data=data, seed=spec.seed)
+        journal.pin("features", {name: dict(source.features or {}) for name, source in sources.items()})
         cells, warnings = build_cells(spec, sources)
         for warning in warnings:
             say(f"warning: {warning}")
@@ -102,7 +103,9 @@ def _work(study: Study) -> None:
 
 def _report(study: Study) -> int:
     folder, journal = study.folder, study.plan.journal
-    table = write_tables(folder, baseline=study.spec.baseline)
+    study.tracker.baseline()
+    study.tracker.flush()
+    table = write_tables(folder)
     if journal.fact("reported_ms") is None:
         study.tracker.finish([path for name in ("tables", "figures") if (path := folder / name).exists()])
         journal.remember("reported_ms", str(now_ms()))

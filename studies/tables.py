@@ -3,9 +3,9 @@
     python studies/tables.py results/demo
 
 Writes `tables/main.*` (test metrics of every cell), `tables/transfer.*` (pre-trained against scratch) and, where the
-spec names a baseline, `tables/effects.*` (each arm minus the baseline) as CSV, Markdown and LaTeX; and
-`figures/convergence.*` and `figures/effects.*`. Only confirm trials are read: mean and sample standard deviation over
-their seeds.
+spec names a baseline, `tables/effects.*` (each arm minus the baseline; `effects_ndcg.*` and `effects_hit.*` hold the
+same as arm × domain) as CSV, Markdown and LaTeX; and `figures/convergence.*` and `figures/effects.*`. Only confirm trials
+are read: mean and sample standard deviation over their seeds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Literal
 
 if __package__ in (None, ""):  # run as a file: the repository's root, not studies/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -78,8 +79,9 @@ class Table:
     def to_latex(self) -> str:
         """A booktabs tabular; a rule stands between domains."""
         lines = [rf"\begin{{tabular}}{{{'l' * len(self.columns)}}}", r"\toprule", _latex_row(map(_latex, self.columns)), r"\midrule"]
+        grouped = len({row[0] for row in self.rows}) < len(self.rows)
         for before, row in zip([None, *self.rows], self.rows, strict=False):
-            lines += [r"\midrule"] * (before is not None and before[0] != row[0])
+            lines += [r"\midrule"] * (grouped and before is not None and before[0] != row[0])
             lines.append(_latex_row(_marked(entry, r"\textbf{{{}}}", escape=_latex) for entry in row))
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
@@ -164,10 +166,18 @@ def effects_table(effects: Sequence[Effect]) -> Table:
     return Table(columns, tuple(rows))
 
 
+def effects_matrix(effects: Sequence[Effect], metric: Literal["ndcg", "hit"]) -> Table:
+    """The differences of one metric, arm × domain; `-` where a domain has no such arm."""
+    domains, arms = dict.fromkeys(effect.domain for effect in effects), dict.fromkeys(effect.arm for effect in effects)
+    found = {(effect.arm, effect.domain): getattr(effect, metric) for effect in effects}
+    rows = [(arm, *(found.get((arm, domain), "-") for domain in domains)) for arm in arms]
+    return Table((f"Δ {metric}@10", *domains), tuple(rows))
+
+
 def write_tables(folder: Path, *, baseline: str | None = None) -> Table:
     """Write the study's tables and figures, and give the main table.
 
-    `baseline`: the arm of the effects table; None: the one of the spec that the study began with.
+    `baseline`: the arm of the effects table; None: the spec's.
     Raises BadInput as `read_study` and `study_effects`, and where no cell is of the baseline.
     """
     cells = read_study(folder)
@@ -178,7 +188,11 @@ def write_tables(folder: Path, *, baseline: str | None = None) -> Table:
         cells = [replace(cell, baseline=baseline) for cell in cells]
     main, effects = main_table(cells), study_effects(cells, partial(read_ranks, folder))
     (folder / "tables").mkdir(exist_ok=True)
-    for name, table in (("main", main), ("transfer", transfer_table(cells)), ("effects", effects_table(effects))):
+    for stale in [*(folder / "tables").glob("effects*"), *(folder / "figures").glob("effects*")]:
+        stale.unlink()
+    tables = {"main": main, "transfer": transfer_table(cells), "effects": effects_table(effects)}
+    tables |= {f"effects_{metric}": effects_matrix(effects, metric) for metric in ("ndcg", "hit")}
+    for name, table in tables.items():
         if table.rows:
             for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
                 (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")

@@ -50,7 +50,7 @@ class TrackedCell:
     besides_init: str  # equal where two arms of a domain differ in nothing but init
     search_trials: int
     epochs: int  # the budget
-    baseline: str | None  # the arm that the study began with comparing its arms with
+    baseline: str | None  # the arm that the study's spec compares the others with
     trials: tuple[TrackedTrial, ...]
 
     @property
@@ -158,6 +158,6 @@ def _cell(run: Run, trials: list[TrackedTrial]) -> TrackedCell:
         besides_init=params["besides_init"],
         search_trials=int(params["search_trials"]),
         epochs=int(params["epochs"]),
-        baseline=tags.get("mmm4rec.baseline"),
+        baseline=tags.get("mmm4rec.baseline") or None,
         trials=tuple(sorted(trials, key=lambda trial: trial.seed)),
     )

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SHOPS, TINY_STUDY
@@ -13,6 +14,7 @@ from conftest import TINY_MODEL, TINY_SHOPS, TINY_STUDY
 from mmm4rec.config import from_dict
 from mmm4rec.data.demo import write_demo
 from mmm4rec.data.domain import Domain
+from mmm4rec.data.features import MODALITIES, add_features, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.run import execute
 from mmm4rec.training.checkpoint import save_model
@@ -42,7 +44,6 @@ def test_seen_items_are_left_out_in_every_run_or_in_none(make_domain: Callable[.
     domain = make_domain()
     opened = {**sources(), "attic": Source(str(domain.path), domain.fingerprint, True)}
     plain, masked = (build_cells(spec(mask_seen=on, model=TINY_MODEL), opened)[0] for on in (False, True))
-    assert all("data" not in cell.run for cell in plain), "trial keys of other studies must stay"
     assert all(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in masked)
     assert not any(run_config(cell, trial_of(cell), Path("x")).data.mask_seen for cell in plain)
     assert [pretrain_config(spec(mask_seen=on), opened).data.mask_seen for on in (False, True)] == [False, True]
@@ -82,7 +83,8 @@ def test_a_prepared_domain_is_read_where_it_is_and_never_written_to(make_domain:
     before = {file: file.stat().st_mtime_ns for file in domain.path.rglob("*")}
     domains, folder = Domains(prepare={"mine": "shop"}), tmp_path / "study"
     found = make_domains(domains, folder, data=tmp_path, seed=0)
-    assert found == {"mine": Source(str(domain.path.resolve()), domain.fingerprint, True)}
+    digests = {modality: load_features(domain, [modality]).digests[modality] for modality in MODALITIES}
+    assert found == {"mine": Source(str(domain.path.resolve()), domain.fingerprint, True, digests)}
     assert not folder.exists()
     encoded = Domains(prepare={"mine": "shop"}, text_encoder=TextEncoder(fit_on=("mine",), domains=("mine",)))
     with pytest.raises(BadInput, match="domain 'mine' was prepared elsewhere"):
@@ -117,11 +119,6 @@ def test_cells_are_as_deep_as_was_pre_trained_and_dropped_layers_are_named() -> 
     assert layers_of(spec(arms=deeper, cells=[{"domains": ["attic"], "arms": ["three"]}], baseline=None)) == ([3], ())
 
 
-def test_a_depth_that_the_model_has_anyway_changes_no_trial_key() -> None:
-    with_pretraining = build_cells(spec(arms=DEPTH_ARMS, cells=DEPTH_CELLS), sources())[0]
-    assert "layers" not in with_pretraining[0].run["model"]
-
-
 def test_the_depth_of_a_checkpoint_is_read_from_its_header(tmp_path: Path) -> None:
     file = tmp_path / "best.safetensors"
     save_model(file, {"x": torch.zeros(1)}, {"config": {"model": {"layers": 3}}})
@@ -142,3 +139,23 @@ def test_a_begun_study_takes_another_baseline_and_no_other_protocol(tmp_path: Pa
             assert len(study.plan.cells) == 4
     with pytest.raises(BadInput, match="mask_seen: False then, True now"), open_study(spec(mask_seen=True), tmp_path, data=None):
         pass
+
+
+def test_other_features_are_another_study_and_a_domain_without_any_is_named(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    def begin() -> list[str]:
+        said: list[str] = []
+        with open_study(wanted, tmp_path / "out", data=tmp_path, say=said.append):
+            return said
+
+    wanted = on_domains(spec(pretrain=None, arms={"scratch": {}}, cells=[{"domains": ["x"], "arms": ["scratch"]}]), ["shop"])
+    domain = make_domain("shop", modalities=())
+    assert any("domain 'shop' has no features: its cells learn from item ids alone" in line for line in begin())
+    add_features(domain, "text", np.ones((domain.n_items, 3), dtype=np.float32), np.ones(domain.n_items, dtype=bool), encoder="ones")
+    with pytest.raises(BadInput, match=r"features"):
+        begin()
+
+
+@pytest.mark.parametrize("name", ["..", "a/b"])
+def test_on_takes_names_of_folders(name: str) -> None:
+    with pytest.raises(BadInput, match="no folder right under --data"):
+        on_domains(spec(pretrain=None, arms={"scratch": {}}, cells=[{"domains": ["x"], "arms": ["scratch"]}]), [name])

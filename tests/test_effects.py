@@ -189,6 +189,7 @@ def track(folder: Path) -> None:
         tracker.start()
         for trial in journal.trials():
             tracker.trial(trial.trial_key)
+        tracker.baseline()
         tracker.finish([])
         tracker.close()
     journal.close()

@@ -7,20 +7,22 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_MODEL
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmm4rec.__main__ import main
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.published import from_published, published_scores, to_published
-from mmm4rec.models.quirks import Quirks
+from mmm4rec.models.quirks import NONE
 from mmm4rec.training.checkpoint import load_model
+from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.stem for path in GOLDEN.glob("fused_*.npz"))
@@ -76,11 +78,15 @@ def scores_of(model: MMM4Rec, variant: str = "") -> Tensor:
 
 
 def published_loss(model: MMM4Rec, variant: str, *, in_batch: bool) -> Tensor:
-    """The release's mean losses: over all rows with padding, or over the batch's targets with duplicates."""
+    """The release's mean losses, by the functions that train: over all rows with padding, or over the batch's targets."""
     assert model.features is not None
-    users, _ = published_scores(model, ITEMS, LENGTHS, stamps(variant))
-    catalogue = model.items(model.features, LABELS if in_batch else None)
-    return F.cross_entropy(model.scores(users, catalogue), torch.arange(len(LABELS)) if in_batch else LABELS)
+    quirks, (users, scores) = model.config.quirks, published_scores(model, ITEMS, LENGTHS, stamps(variant))
+    if not in_batch:
+        return full_cross_entropy(scores, LABELS, padding_class=quirks.padding_class) / len(LABELS)
+    candidates, columns, counts = LABELS.unique(return_inverse=True, return_counts=True)
+    assert counts.max() > 1
+    scores = model.scores(users, model.items(model.features, candidates))
+    return in_batch_cross_entropy(scores, columns, counts, duplicate_negatives=quirks.duplicate_negatives) / len(LABELS)
 
 
 def published_gradient_norms(model: MMM4Rec) -> dict[str, float]:
@@ -148,8 +154,15 @@ def test_features_may_come_apart() -> None:
     for given in (tables, {name: table[1:] for name, table in tables.items()}):
         scores = scores_of(from_published(weights, features=given))
         np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-9)
-    with pytest.raises(BadInput, match=r"numbers of items differ: text features 49, .*bias 50"):
+    with pytest.raises(BadInput, match=r"text features are of 49 items, the checkpoint or the other features of 50"):
         from_published(weights, features={**tables, "text": tables["text"][2:]})
+    with pytest.raises(BadInput, match="there are no image features"):
+        from_published(weights, features={"text": tables["text"]})
+    first_is_zero = tables["text"][1:].clone()
+    first_is_zero[0] = 0
+    model = from_published(weights, features={"text": first_is_zero, "image": tables["image"]})
+    assert model.features is not None
+    assert torch.equal(model.features.vectors["text"][1:], first_is_zero)
     with pytest.raises(BadInput, match=r"image features are \[51, 24\]; the checkpoint reads 20"):
         from_published(weights, features={**tables, "image": tables["text"]})
 
@@ -165,25 +178,48 @@ def test_what_is_missing_or_left_over_is_said(caplog: pytest.LogCaptureFixture) 
     twice["decoder_ssd_layers.0.ssd.D"] = twice["decoder_ssd_layers.0.ssd.D"] + 1
     with pytest.raises(BadInput, match="are one tensor of the release and differ"):
         from_published(twice)
-    with pytest.raises(BadInput, match="do not fit together"):
-        from_published(checkpoint("fused_L1_time_bias_static"), n_groups=3)
+    for groups in (0, 3, 16):
+        with pytest.raises(BadInput, match="do not fit together"):
+            from_published(checkpoint("fused_L1_time_bias_static"), n_groups=groups)
+    with pytest.raises(BadInput, match="temperature is 0"):
+        from_published(checkpoint("fused_L1_time_bias_static"), temperature=0)
     with pytest.raises(BadInput, match="none of the published model"):
         from_published({"weight": torch.zeros(3)})
 
 
-@pytest.mark.parametrize("quirk", ["label_time", "zero_stamps"])
-def test_each_time_quirk_alone(quirk: str) -> None:
-    """Without a quirk its stamps are not read: clean stamps and the release's give the same scores."""
+@pytest.mark.parametrize(("quirk", "room"), [("label_time", 20), ("zero_stamps", 19)])
+def test_each_time_quirk_alone(quirk: str, room: int) -> None:
+    """Where a history leaves room for its stamps, a quirk changes the scores; without both, no stamp behind the history is read."""
     model = from_published(checkpoint("fused_L1_time_bias_static"))
     both = model.config
     scores = {}
-    for name, quirks in (("all", both.quirks), ("one less", replace(both.quirks, **{quirk: False})), ("none", Quirks(tiny_epsilon=True))):
-        model.config = replace(both, quirks=replace(quirks, scaled_skip=True, tiny_epsilon=True))
-        scores[name] = [scores_of(model, v) for v in ("", "cleants")]
-    assert not torch.allclose(*scores["all"])
-    short = (20 if quirk == "label_time" else 19) > LENGTHS  # there is room for the target's stamp, and for padding behind it
-    assert (scores["all"][0] - scores["one less"][0])[short].abs().amax(1).gt(1e-6).all()
-    torch.testing.assert_close(*scores["none"], rtol=0, atol=0)
+    for name, off in (("both", {}), ("one", {quirk: False}), ("none", {"label_time": False, "zero_stamps": False})):
+        model.config = replace(both, quirks=replace(both.quirks, **off))
+        scores[name] = [scores_of(model, variant) for variant in ("", "cleants")]
+    changed = (scores["both"][0] - scores["one"][0]).abs().amax(1) > 1e-6
+    assert torch.equal(changed, room > LENGTHS)
+    torch.testing.assert_close(scores["none"][0], scores["none"][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"time": False, "quirks": NONE}, "unscaled skip.*another epsilon"),
+        ({"time_encoding": "log"}, "another time input"),
+        ({"time_step": "shift"}, "another time input"),
+        ({"filter": False}, "no Fourier filter"),
+        ({"filter_size": 2}, "no Fourier filter or a smaller one"),
+        ({"modalities": "text"}, "one modality"),
+        ({"cross": "add"}, "no Cross-SSD"),
+        ({"groups": 2}, "groups other than 1"),
+    ],
+    ids=str,
+)
+def test_what_the_release_cannot_compute_is_not_exported(changes: dict[str, Any], named: str) -> None:
+    config = replace(ModelConfig.published(**TINY_MODEL), **changes)
+    model = MMM4Rec(config, feature_dimensions={"text": 4, "image": 4}, n_items=3)
+    with pytest.raises(BadInput, match=named):
+        to_published(model)
 
 
 def test_import_from_the_command_line(tmp_path: Path, make_domain: Callable[..., Domain], capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,6 +260,10 @@ def test_an_imported_checkpoint_ranks_its_own_domain(
     assert main(["evaluate", "--model", str(out), "--domain", str(domain.path)]) == 0
     assert json.loads(capsys.readouterr().out)["fingerprint"] == domain.fingerprint
     assert main(["evaluate", "--model", str(out), "--domain", str(other.path)]) == 2
+    assert "has learned single items of 'shop'" in capsys.readouterr().err
+    textual = make_domain("textual", modalities=("text",))
+    assert main(["import-published", str(tmp_path / "released.pth"), str(out), "--domain", str(textual.path), "--force"]) == 2
+    assert "image features of dimension None; the checkpoint reads 10" in capsys.readouterr().err
     sizes = [f"model.{name}={value}" for name, value in (("width", 16), ("ffn_width", 16), ("head_width", 8), ("state", 8), ("max_len", 8))]
     published = ["model.time_encoding=layer_norm", "model.time_step=scale"]
     run = ["train", "--domain", str(other.path), "--out", str(tmp_path / "run"), "--init", str(out), "--epochs", "1", "--set"]
@@ -237,7 +277,10 @@ def test_a_checkpoint_that_executes_is_refused(tmp_path: Path, capsys: pytest.Ca
             return (Path.touch, (Path(tmp_path / "exploded"),))  # type: ignore[return-value]
 
     torch.save({"model": Bomb()}, tmp_path / "bomb.pth")
-    assert main(["import-published", str(tmp_path / "bomb.pth"), str(tmp_path / "out.safetensors")]) == 2
-    assert "cannot be read as plain tensors" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text("user,item\n1,2\n")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "bomb.pth").read_bytes()[:100])
+    for name in ("bomb.pth", "table.csv", "cut.pth", "absent.pth"):
+        assert main(["import-published", str(tmp_path / name), str(tmp_path / "out.safetensors")]) == 2
+        assert "cannot be read as plain tensors" in capsys.readouterr().err
     assert not (tmp_path / "exploded").exists()
     assert not (tmp_path / "out.safetensors").exists()

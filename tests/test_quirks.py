@@ -17,6 +17,7 @@ from mmm4rec.config import from_dict
 from mmm4rec.data.batches import TimeView, make_batch
 from mmm4rec.data.domain import Domain
 from mmm4rec.inference import recommend
+from mmm4rec.models.blocks import Scan
 from mmm4rec.models.mmm4rec import ModelConfig, TimeInput, masked_norm
 from mmm4rec.models.quirks import Quirks
 from mmm4rec.run import RunConfig, assemble, execute
@@ -100,11 +101,26 @@ def test_dropout_on_raw_gaps_only_as_a_quirk() -> None:
     assert (signals[1] == 0).float().mean().item() == pytest.approx(0.4, abs=0.1)
 
 
-def test_epsilon_of_every_norm() -> None:
+def test_epsilon_of_every_norm(make_domain: Callable[..., Domain]) -> None:
+    domain = make_domain()
     for tiny_epsilon, eps in ((False, 1e-5), (True, 1e-12)):
-        config = ModelConfig(quirks=Quirks(tiny_epsilon=tiny_epsilon))
-        assert config.norm_eps == config.ssd.norm_eps == eps
-        assert TimeInput(config).norm.eps == eps
+        model = assemble(tiny(domain, quirks={"tiny_epsilon": tiny_epsilon}, model={"time_step": "scale"})).run.model
+        assert {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)} == {eps}
+        assert {module.config.norm_eps for module in model.modules() if isinstance(module, Scan)} == {eps}
+
+
+def test_the_skip_reads_its_input_or_its_input_times_the_step() -> None:
+    """With nothing to read in C the scan gives 0 and the skip alone is left, under the RMS norm."""
+    config = ModelConfig(**TINY_MODEL)  # type: ignore[arg-type]
+    E, H = config.ssd.inner, config.heads
+    x, step, gate, nothing = torch.randn(2, 3, E), torch.randn(2, 3, H), torch.randn(2, 3, E), torch.zeros(2, 3, H * config.state)
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        scan = Scan(replace(config, quirks=Quirks(scaled_skip=scaled)).ssd)
+        delta = nn.functional.softplus(step + scan.step_bias).repeat_interleave(config.head_width, dim=-1)
+        skipped = (x * delta if scaled else x) * nn.functional.silu(gate)
+        expected = scan.out(nn.functional.rms_norm(skipped, (E,), eps=1e-5))
+        torch.testing.assert_close(scan(x, nothing, nothing, step, gate), expected)
 
 
 def first_gradients(config: RunConfig) -> dict[str, Tensor]:

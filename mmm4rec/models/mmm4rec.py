@@ -8,7 +8,7 @@ is read off the image stream. With one modality its stream alone remains, withou
 
 Departures from the published code, all by default and each with a switch: none of the release's faults
 (`Quirks`); time enters as the logarithm of the gaps between real items (`time_encoding`) and moves the steps
-of the scan (`time_step`). Besides: padding is never ranked; a missing feature is a learned vector; the item
+of the scan (`time_step`). Without a switch: padding is never ranked; a missing feature is a learned vector; the item
 tables and per-item fusion start anew in a new domain. `ModelConfig.published()` is the release.
 """
 
@@ -57,7 +57,7 @@ class ModelConfig:
     fusion: Literal["static", "dynamic_shared", "dynamic_instance"] = "static"
     cross_activation: Activation = "silu"  # of Cross-SSD; the release takes hardswish where causal_conv1d is not installed
     temperature: float = 0.8
-    scan: Implementation = "auto"  # how the scan is computed; the numbers agree to float tolerance
+    scan: Implementation = "auto"  # how the scan is computed: the same to float tolerance; the GPU kernel may round to TF32
     quirks: Quirks = NONE
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class TimeInput(nn.Module):
     """Gaps between items -> the first time signal, scaled and shifted by position. Where no gap may be read:
 
     `log`: the signed logarithm of the gaps; 0 in the padding.
-    `masked_norm`: the gaps normalised over the positions that hold one; 0 in the padding. The unit is lost.
+    `masked_norm`: the gaps normalised over the real positions, the first's 0 among them; 0 in the padding. The unit is lost.
     `layer_norm`: the published form, the gaps normalised over all T positions, padding included.
     """
 

@@ -8,14 +8,12 @@ tables, a zero row before the first item, among the weights; its files on disk l
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -48,7 +46,8 @@ def from_published(
     Args:
         state_dict: published names to tensors, or the mapping that the release saves, with them under "model".
         features: tables `text` and `image` (or under the release's names of them), [I, F] or with a zero row before
-            the first item [I + 1, F]; taken from the state dict where it has them and they are not given.
+            the first item [I + 1, F] (where no tensor of the checkpoint says I, a zero first row is taken for padding);
+            taken from the state dict where it has them and they are not given.
         n_groups: G; the tensors fix only G * N. None: one group a head.
         activation: of Cross-SSD; the release used hardswish where causal_conv1d was not installed.
         max_len: T, where the model has no time modules that show it.
@@ -71,7 +70,7 @@ def from_published(
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MMM4Rec(config, feature_dimensions=dimensions, n_items=_n_items(weights, catalogue)).eval()
+        model = MMM4Rec(config, feature_dimensions=dimensions, n_items=_n_items(weights)).eval()
     model.to(_tensor(weights, "text_adapter.0.weight").dtype)
     model.features = catalogue
     _load(model, weights, strict=strict)
@@ -81,15 +80,22 @@ def from_published(
 def to_published(model: MMM4Rec) -> dict[str, Tensor]:
     """The model's weights as the release reads them; its features too where the model carries them.
 
-    Raises BadInput where the release has no such model: one modality, no Cross-SSD, no filter or a smaller one,
-    the time path of this project, or features that are missing.
+    Raises BadInput where the release has no such model: its scores would be others. What its files do not say
+    (temperature, activation, and quirks that concern its training) is not written.
     """
     config = model.config
-    if config.modalities != "both" or config.cross != "ssd":
-        raise BadInput("the release has no model without Cross-SSD or one modality.", remedy="Export a model of both modalities.")
-    if config.time and (config.time_step != "scale" or not config.has_filter or config.filter_size not in (None, config.frequencies)):
-        rule = "the release scales its steps and filters all frequencies; this model does not."
-        raise BadInput(rule, remedy="Train with model.time_step=scale and the full Fourier filter.")
+    differences = {
+        "one modality": config.modalities != "both" or set(model.adapters) != set(CHANNELS),
+        "no Cross-SSD": config.cross != "ssd",
+        "an unscaled skip (quirks.scaled_skip)": not config.quirks.scaled_skip,
+        "another epsilon (quirks.tiny_epsilon)": not config.quirks.tiny_epsilon,
+        "groups other than 1 and one a head": config.ssd.groups not in (1, config.heads),
+        "another time input (time_encoding, time_step)": config.time
+        and (config.time_encoding, config.time_step) != ("layer_norm", "scale"),
+        "no Fourier filter or a smaller one": config.time and not (config.has_filter and config.filter_size in (None, config.frequencies)),
+    }
+    if found := [name for name, differs in differences.items() if differs]:
+        raise BadInput(f"the release has no model with {'; '.join(found)}.", remedy="Train what ModelConfig.published() describes.")
     own = {name: value.detach() for name, value in model.named_parameters()}
     result = {published: own[ours].unsqueeze(1) if _is_conv(published) else own[ours] for published, ours in _pairs(config)}
     if config.fusion == "static":
@@ -140,10 +146,10 @@ def read_tensors(file: str | Path) -> object:
         if Path(file).suffix == ".npy":
             return torch.from_numpy(np.load(file, allow_pickle=False))
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, TypeError) as error:
+    except Exception as error:  # of many kinds, torch.load's above all; all mean that this is no file of tensors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(
-            f"cannot be read as plain tensors ({reason}).", file=file, remedy="Give a file that torch.save wrote of tensors."
+            f"cannot be read as plain tensors ({reason}).", file=file, remedy="Give a .safetensors, .npy or torch file of tensors."
         ) from error
 
 
@@ -152,13 +158,15 @@ def _config(weights: Mapping[str, Tensor], n_groups: int | None, activation: Act
     D, heads = _tensor(weights, "text_adapter.0.weight").shape[0], len(_tensor(weights, block + "ssd.dt_bias"))
     E = _tensor(weights, block + "ssd.out_proj.weight").shape[1]
     channels, _, kernel = _tensor(weights, block + "ssd.conv1d_1.weight").shape  # E + 2 * G * N
-    groups = n_groups or heads
-    if E % D or E % heads or (channels - E) % (2 * groups):
+    groups = heads if n_groups is None else n_groups
+    if E % D or groups < 1 or heads % groups or E % heads or (channels - E) % (2 * groups):
         rule = f"width {D}, inner width {E}, {heads} heads, {groups} groups and {channels} convolved channels do not fit together."
         raise BadInput(rule, remedy="Check n_groups; the release's is 8 or 1.")
     time = block + "ssd.mlp4time_scale.1.weight" in weights
     gate = weights.get(block + "ssd.time_gate_residual.1.weight")
     fusion = weights.get("fusion_factor", torch.ones(())).dim()
+    if temperature <= 0 or max_len < 1:
+        raise BadInput(f"temperature is {temperature} and max_len {max_len}; both must be above 0.", remedy="Leave them at .8 and 20.")
     return ModelConfig.published(
         width=D,
         layers=1 + max(int(match[1]) for match in layers if match),
@@ -182,29 +190,29 @@ def _features(tables: Mapping[Modality, Tensor | None], weights: Mapping[str, Te
     given = {stream: table for stream, table in tables.items() if table is not None}
     if not given:
         return None
-    padded: dict[Modality, Tensor] = {
-        stream: table if not table[:1].any() else torch.cat([torch.zeros_like(table[:1]), table]) for stream, table in given.items()
-    }
-    rows = {f"{stream} features": len(table) for stream, table in padded.items()}
-    rows |= {name: len(weights[name]) for name in ("text_item_embedding_bias", "vision_item_embedding_bias") if name in weights}
-    if len(set(rows.values())) > 1:
-        told = ", ".join(f"{name} {count - 1:,}" for name, count in rows.items())
-        raise BadInput(f"numbers of items differ: {told}.", remedy="Give the features of the items that the checkpoint was trained on.")
-    for stream, table in padded.items():
+    if absent := [stream for stream in CHANNELS if stream not in given]:
+        raise BadInput(f"there are no {absent[0]} features, which the published model reads.", remedy="Give the features of both.")
+    n_items = _n_items(weights)
+    padded: dict[Modality, Tensor] = {}
+    for stream, table in given.items():
         expected = _tensor(weights, f"{CHANNELS[stream]}_adapter.0.weight").shape[1]
         if table.dim() != 2 or table.shape[1] != expected:
             rule = f"{stream} features are {list(table.shape)}; the checkpoint reads {expected} numbers an item."
             raise BadInput(rule, remedy="Give features of the encoder that it was trained with.")
-    n_items = next(iter(rows.values())) - 1
-    present = {stream: torch.arange(n_items + 1) > 0 for stream in padded}
-    return ItemFeatures(n_items, padded, present, {})
+        has_padding = len(table) == n_items + 1 if n_items is not None else not table[:1].any()
+        padded[stream] = table if has_padding else torch.cat([torch.zeros_like(table[:1]), table])
+        n_items = len(padded[stream]) - 1 if n_items is None else n_items
+        if len(padded[stream]) != n_items + 1:
+            rule = f"{stream} features are of {len(padded[stream]) - 1:,} items, the checkpoint or the other features of {n_items:,}."
+            raise BadInput(rule, remedy="Give the features of the items that the checkpoint was trained on.")
+    assert n_items is not None
+    return ItemFeatures(n_items, padded, {stream: torch.arange(n_items + 1) > 0 for stream in padded}, {})
 
 
-def _n_items(weights: Mapping[str, Tensor], features: ItemFeatures | None) -> int | None:
-    for name in ("text_item_embedding_bias", "fusion_factor"):
-        if weights.get(name, torch.ones(())).dim() == 2:
-            return len(weights[name]) - 1
-    return None if features is None else features.n_items
+def _n_items(weights: Mapping[str, Tensor]) -> int | None:
+    """I, where a tensor has a row an item."""
+    tables = (weights.get(name, torch.ones(())) for name in ("text_item_embedding_bias", "fusion_factor"))
+    return next((len(table) - 1 for table in tables if table.dim() == 2), None)
 
 
 @torch.no_grad()

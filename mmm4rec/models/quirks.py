@@ -18,8 +18,9 @@ class Quirks:
     answer happens, in training and in the test. Not where the history fills all max_len positions."""
 
     zero_stamps: bool = False
-    """Padding has timestamp 0, so that one gap of about -1.4e9 seconds follows the last stamp. After
-    normalisation all real gaps are nearly equal and the outlier tells how long the history is."""
+    """Padding has timestamp 0, so that one gap of about -1.4e9 seconds follows the last stamp. Under the release's
+    normalisation all real gaps are then nearly equal, and the outlier tells how long the history is; a
+    logarithm of the gaps keeps them apart and meets the outlier as a number like others."""
 
     raw_gap_dropout: bool = False
     """Dropout acts on the gaps themselves: a dropped gap claims that no time passed, and in training, never
@@ -40,6 +41,9 @@ class Quirks:
     summed_accumulation: bool = False
     """The mean gradients of the accumulated batches are summed, not averaged over the examples: coupled weight
     decay weighs 1/8 of what it says at 8 batches, and a short last step of an epoch moves less."""
+
+    duplicate_negatives: bool = False
+    """The in-batch loss keeps a target's other appearances in the batch as negatives of itself."""
 
     @classmethod
     def published(cls) -> Quirks:

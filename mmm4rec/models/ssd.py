@@ -27,9 +27,9 @@ from torch.nn import functional as F
 
 Implementation = Literal["auto", "recurrence", "quadratic", "chunked", "triton"]
 
-# Measured by `python studies/scan_cost.py --constants` (one thread of an AMD EPYC, results/scan_cost/): quadratic and chunked
-# take the same time at 128 positions, to a tenth at batch 1 and 16, and the same memory; chunks of 64 are the
-# fastest up to 192 positions and within a tenth of 32 beyond, with half the steps from chunk to chunk.
+# Measured by `python studies/scan_cost.py --constants` (one thread of an AMD EPYC, results/scan_cost/): at 128 positions
+# quadratic and chunked cost the same to a tenth, at batch 1 and 16, in time and in memory. Chunks of 64 are as fast as any
+# up to 192 positions; beyond, 32 saves 5 to 12 % and doubles the steps from chunk to chunk.
 QUADRATIC_UP_TO = 128
 CHUNK = 64
 KERNEL_FROM = 256  # not measured: a whole chunk of the kernel
@@ -52,7 +52,7 @@ def scan(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, *, implement
 
 def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Implementation:
     """The implementation that `auto` takes for sequences of `length` positions: the same answer for the same machine."""
-    if length >= KERNEL_FROM and _why_no_kernel(device, dtype) is None:
+    if length >= KERNEL_FROM and why_no_kernel(device, dtype) is None:
         return "triton"
     return "quadratic" if length <= QUADRATIC_UP_TO else "chunked"
 
@@ -138,14 +138,14 @@ def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
 
     The kernel sums in float32 whatever comes in, and may multiply float32 as TF32: expect three digits, not seven.
     """
-    problem = _why_no_kernel(x.device, x.dtype)
+    problem = why_no_kernel(x.device, x.dtype)
     kernel = _kernel()
     if problem or kernel is None:
         raise RuntimeError(f"scan(implementation='triton') {problem}, or use implementation='auto'")
     return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK)
 
 
-def _why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where the kernel can run, otherwise the rule, the value and the remedy."""
     if device.type != KERNEL_DEVICE:
         return f"needs tensors on {KERNEL_DEVICE}; these are on {device.type}. Move them there"

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmm4rec.config import from_dict, to_dict
@@ -91,19 +91,26 @@ def hash_file(path: str | Path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
-def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of a `best.safetensors`. Raises BadInput when it is missing or not one of ours."""
+def load_description(path: str | Path) -> dict[str, Any]:
+    """The description in a `best.safetensors`; the weights are not read. Raises BadInput as `load_model`."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            text = (file.metadata() or {})["mmm4rec"]
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        metadata = json.loads(text)
+            metadata = json.loads((file.metadata() or {})["mmm4rec"])
         version = metadata["schema_version"]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"is no model of ours ({error}).", file=path, remedy="Give the best.safetensors of a run.") from error
     if version != SCHEMA_VERSION:
         raise BadInput(f"has schema_version {version}; this version reads {SCHEMA_VERSION}.", file=path, remedy="Train it anew.")
-    return weights, metadata
+    return metadata
+
+
+def load_model(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of a `best.safetensors`. Raises BadInput when it is missing or not one of ours."""
+    metadata = load_description(path)
+    try:
+        return load_file(path), metadata
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"is damaged ({error}).", file=path, remedy="Give the best.safetensors of a run.") from error
 
 
 @dataclass(frozen=True)

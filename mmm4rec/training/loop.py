@@ -170,7 +170,8 @@ def _summed_loss(run: Run, plan: Plan) -> Tensor | None:
     catalogue = model.items(data.features, ids.to(run.device))
     users = model.users(batch.to(run.device), catalogue)
     scores = model.scores(users, model.items(data.features, torch.from_numpy(candidates).to(run.device)))
-    return in_batch_cross_entropy(scores, columns, torch.from_numpy(counts).to(run.device))
+    weights = torch.from_numpy(counts).to(run.device)
+    return in_batch_cross_entropy(scores, columns, weights, duplicate_negatives=run.quirks.duplicate_negatives)
 
 
 def _close_epoch(run: Run, *, epoch: int, loss: float | None, train_seconds: float) -> EpochReport:

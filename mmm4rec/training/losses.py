@@ -20,13 +20,15 @@ def full_cross_entropy(scores: Tensor, targets: Tensor, *, padding_class: bool =
     return F.cross_entropy(scores[:, 1:], targets - 1, reduction="sum")
 
 
-def in_batch_cross_entropy(scores: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
+def in_batch_cross_entropy(scores: Tensor, targets: Tensor, counts: Tensor, *, duplicate_negatives: bool = False) -> Tensor:
     """Sum over the examples of the cross-entropy over the targets of the whole micro-batch.
 
     scores [B, n] over the distinct targets of the micro-batch, targets [B] their columns, counts [n] how
     many examples of the micro-batch have that target. An item counts as often as it is a target, but
-    never as a negative of itself (the published code keeps those duplicates).
+    never as a negative of itself, unless `duplicate_negatives` (models/quirks.py).
     """
     weight = torch.log(counts.to(scores.dtype))  # [n]
+    if duplicate_negatives:
+        return F.cross_entropy(scores + weight, targets, reduction="sum") + weight[targets].sum()
     own = F.one_hot(targets, len(counts)).to(torch.bool)
     return F.cross_entropy(scores + torch.where(own, 0.0, weight), targets, reduction="sum")
