@@ -47,7 +47,7 @@ def encode_command(args: argparse.Namespace) -> None:
 
 def train_command(args: argparse.Namespace) -> None:
     """One run, with a bar an epoch and a line of its validation metrics."""
-    from mmm4rec.run import execute
+    from mmm4rec.execute import execute
 
     config = _run_config(args)
     if args.print_config:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from mmm4rec.execute import code_version
 from mmm4rec.models import ssd
-from mmm4rec.run import choose_device, code_version
+from mmm4rec.run import choose_device
 
 EXTRAS = {"encode": ("scikit-learn", "pillow"), "studies": ("ray", "optuna", "mlflow", "matplotlib")}
 

@@ -28,7 +28,8 @@ from ray.tune.search import Searcher
 
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
-from mmm4rec.run import Assembled, RunConfig, execute
+from mmm4rec.execute import execute
+from mmm4rec.run import Assembled, RunConfig
 from studies.cells import Cell, nested
 from studies.mlflow_tracker import MlflowTracker
 from studies.plan import Plan

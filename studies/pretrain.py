@@ -24,7 +24,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
-from mmm4rec.run import RunConfig, execute
+from mmm4rec.execute import execute
+from mmm4rec.run import RunConfig
 from studies.cells import Source
 from studies.engine import read_curve
 from studies.mlflow_tracker import MlflowTracker

@@ -16,7 +16,7 @@ from mmm4rec.data.demo import write_demo
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import MODALITIES, add_features, load_features
 from mmm4rec.errors import BadInput
-from mmm4rec.run import execute
+from mmm4rec.execute import execute
 from mmm4rec.training.checkpoint import save_model
 from studies.cells import Cell, Source, build_cells
 from studies.domains import make_domains

@@ -11,7 +11,8 @@ from conftest import TINY_MODEL
 
 from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.domain import Domain
-from mmm4rec.run import RunConfig, execute
+from mmm4rec.execute import execute
+from mmm4rec.run import RunConfig
 from studies import engine
 from studies.mlflow_tracker import MlflowTracker
 from studies.spec import Spec

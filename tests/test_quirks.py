@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from mmm4rec.config import from_dict
 from mmm4rec.data.batches import TimeView, make_batch
 from mmm4rec.data.domain import Domain
+from mmm4rec.execute import execute
 from mmm4rec.inference import recommend
 from mmm4rec.models.blocks import Scan
 from mmm4rec.models.mmm4rec import ModelConfig, TimeInput, masked_norm
 from mmm4rec.models.quirks import Quirks
-from mmm4rec.run import RunConfig, assemble, execute
+from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training import loop
 from mmm4rec.training.evaluate import evaluate
 

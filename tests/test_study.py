@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.demo import write_demo
 from mmm4rec.data.domain import fingerprint, open_domain
-from mmm4rec.run import execute
+from mmm4rec.execute import execute
 from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri

@@ -23,8 +23,9 @@ from mmm4rec.config import from_dict
 from mmm4rec.data.batches import plan_epoch
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
+from mmm4rec.execute import execute
 from mmm4rec.inference import open_model, recommend
-from mmm4rec.run import RunConfig, assemble, execute
+from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training.checkpoint import load_model, transfer
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import _optimizer_step, fit
