@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python studies/scan_cost.py",
         description=__doc__,
-        epilog="example: python studies/scan_cost.py --lengths 20 64 512 --repeats 3 --out /tmp/results",
+        epilog="example: python studies/scan_cost.py --lengths 20 64 512 --repeats 3 --out results",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = result.add_argument

@@ -16,7 +16,8 @@ def rows_of(file: Path) -> list[list[str]]:
     """The cells of each Markdown row of figures; headers, rules and the table of switches are left out."""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [row for row in rows if row[0] not in ("domain", "switch", "Δ ndcg@10", "Δ hit@10") and set(row[0]) != {"-"} and row[0][0] != "`"]
+    no_figures = {"domain", "switch", "Δ ndcg@10", "Δ hit@10"}
+    return [row for row in rows if row[0] not in no_figures and set(row[0]) != {"-"} and row[0][0] != "`"]
 
 
 RERUN_HERE = any((ROOT / "results").glob("*/mlflow.db"))
