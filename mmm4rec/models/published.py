@@ -225,7 +225,8 @@ def _load(model: MMM4Rec, weights: dict[str, Tensor], *, strict: bool) -> None:
         told = "; ".join(f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("left over", left_over)) if names)
         if strict:
             raise BadInput(
-                f"the checkpoint does not fit the published model ({told}).", remedy="Allow it with strict=False, if it is meant."
+                f"the checkpoint does not fit the published model ({told}).",
+                remedy="Allow it with strict=False (--allow-differences), if it is meant.",
             )
         log.warning("published checkpoint: %s", told)
     filled: dict[str, str] = {}
