@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from mmm4rec.config import from_dict
 from mmm4rec.data.batches import DomainData, in_order
@@ -22,7 +25,7 @@ from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device, domain_data
 from mmm4rec.training.checkpoint import load_model
-from mmm4rec.training.evaluate import EVALUATION_BATCH
+from mmm4rec.training.evaluate import EVALUATION_BATCH, Ranking
 
 
 def open_model(
@@ -80,13 +83,23 @@ def recommend(
         rule = f"domain '{domain.name}' has no user '{users[int(np.argmin(numbers))]}'." if users else ""
         raise BadInput(rule, file=domain.path / "users.parquet", remedy="Use ids of the source, as in users.parquet.")
     item_ids = domain.item_table()["item"].to_numpy()
-    catalogue = model.items(data.features)
-    for block, ends in in_order(numbers, np.diff(domain.offsets)[numbers], EVALUATION_BATCH):
-        batch = data.inputs(block, ends).to(device)
-        scores = model.scores(model.users(batch, catalogue), catalogue)
-        scores[:, 0] = -torch.inf
-        data.mask(scores, batch)
-        best = scores.topk(min(top, domain.n_items), dim=1)
-        for user, items, values in zip(batch.users, best.indices.cpu().numpy(), best.values.cpu().numpy(), strict=True):
-            kept = np.isfinite(values)  # not what is masked
-            yield {"user": str(user_ids[user]), "items": item_ids[items[kept] - 1].tolist(), "scores": values[kept].tolist()}
+    ranking = Ranking(model, data, device)
+    at_once = EVALUATION_BATCH if len(ranking.blocks) == 1 else 64 * EVALUATION_BATCH  # a larger catalogue is computed again each time
+    for block, ends in in_order(numbers, np.diff(domain.offsets)[numbers], at_once):
+        encoded = torch.cat([ranking.encode(data.inputs(*part)) for part in in_order(block, ends, EVALUATION_BATCH)])
+        values, items = _best(ranking, encoded, block, ends, top)
+        for user, best_items, best_values in zip(block, items, values, strict=True):
+            kept = np.isfinite(best_values)  # not what is masked
+            yield {"user": str(user_ids[user]), "items": item_ids[best_items[kept] - 1].tolist(), "scores": best_values[kept].tolist()}
+
+
+def _best(ranking: Ranking, encoded: Tensor, users: np.ndarray, ends: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The highest scores of each encoded user over all blocks, and their items: [U, top], or [U, I] if there are fewer."""
+    values, items = encoded.new_empty(len(encoded), 0), torch.empty(len(encoded), 0, dtype=torch.long, device=encoded.device)
+    for blocks_first, of_block in groupby(ranking.scores(encoded, users, ends), key=itemgetter(0)):
+        best = [scores.topk(min(top, scores.shape[1]), dim=1) for _, _, scores in of_block]
+        values = torch.cat([values, torch.cat([part.values for part in best])], dim=1)
+        items = torch.cat([items, blocks_first + torch.cat([part.indices for part in best])], dim=1)
+        values, order = values.topk(min(top, values.shape[1]), dim=1)
+        items = items.gather(1, order)
+    return values.cpu().numpy(), items.cpu().numpy()

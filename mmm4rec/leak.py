@@ -1,6 +1,7 @@
 """The leak check: what a model must not read changes no score.
 
-Dimensions: K examples, b examples of a group, L positions of a group, T = max_len, I items, F width of a feature vector.
+Dimensions: K examples, B examples of a batch, W windows, Q positions of a window, T = max_len, I items, F width of a feature
+vector.
 
 The check alters what stands outside an example's history and measures the largest change of a score. It runs in
 float64 on the CPU, where another order of a sum moves a score by 1e-14 (by 1e-9 in long histories), a real leak by far more.
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from mmm4rec.data.batches import Batch, DomainData, in_order
+from mmm4rec.data.batches import Batch, DomainData, Packing, in_order
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import MODALITIES, ItemFeatures
 from mmm4rec.errors import BadInput
@@ -147,8 +149,8 @@ def _scores(model: Recommender, data: DomainData, ends: np.ndarray, domain: Doma
         scores = model.scores(model.users(batch, catalogue), catalogue)  # [B, I + 1]
         if not torch.isfinite(scores).all():
             raise FloatingPointError(f"the model's scores on domain '{data.domain.name}' are not finite: there is nothing to compare")
-        data.mask(scores, batch)
-        parts.append(scores[torch.from_numpy(np.argsort(batch.users)), 1:])
+        data.mask(scores, batch.users, batch.ends)
+        parts.append(scores[:, 1:])
     return torch.cat(parts)
 
 
@@ -180,17 +182,21 @@ def _other_futures(domain: Domain, ends: np.ndarray, random: np.random.Generator
 
 
 def _fill_padding(batch: Batch, data: DomainData, random: np.random.Generator) -> Batch:
-    """Items and gaps in the padding of all T positions. With `label_time` the target's gap stands before the padding."""
-    positions, groups = torch.arange(data.max_len), []
-    for group in batch.groups:
-        L, padding = group.items.shape[1], positions >= group.lengths[:, None]  # [b, T]
-        items = torch.from_numpy(random.integers(1, data.domain.n_items + 1, padding.shape))
-        items[:, :L] = torch.where(padding[:, :L], items[:, :L], group.items)
-        if (gaps := group.gap_seconds) is not None:
-            behind = positions >= group.lengths[:, None] + data.view.label_time
-            gaps = torch.where(behind, torch.from_numpy(random.uniform(-1e7, 1e7, padding.shape)).to(gaps), gaps)
-        groups.append(replace(group, items=items, gap_seconds=gaps))
-    return replace(batch, groups=tuple(groups))
+    """Items and gaps wherever no history stands, and T more such positions in every window.
+
+    With `label_time` the target's gap stands before the padding.
+    """
+    packing, T = batch.packing, data.max_len
+    (W, Q), window = packing.positions.shape, packing.positions.shape[1] + T
+    positions = F.pad(packing.positions, (0, T), value=-1)  # [W, Q + T]
+    items = torch.from_numpy(random.integers(1, data.domain.n_items + 1, (W, window)))
+    items[:, :Q] = torch.where(packing.positions < 0, items[:, :Q], batch.items)
+    wider = Packing(positions, F.pad(packing.examples, (0, T)), packing.last // Q * window + packing.last % Q, packing.lengths)
+    gaps = batch.gap_seconds
+    if gaps is not None:
+        behind = torch.arange(T) >= packing.lengths[:, None] + data.view.label_time  # [B, T]
+        gaps = torch.where(behind, torch.from_numpy(random.uniform(-1e7, 1e7, behind.shape)).to(gaps), gaps)
+    return replace(batch, items=items, packing=wider, gap_seconds=gaps)
 
 
 def check_generated() -> tuple[list[LeakReport], bool]:

@@ -1,17 +1,19 @@
 """Domain -> Batch: the only home of padding, truncation and time gaps.
 
-Dimensions: B examples of a batch, b examples of a group, L positions of a group, T = max_len.
+Dimensions: B examples of a batch, W windows, Q positions of a window, T = max_len.
 
-The item path of the model is causal and right-padded, so positions after an example's last item need
-not exist: a batch is sorted by length and cut into groups that are only as long as they must be. The
-time signals mix positions and keep all T columns. Grouping changes no number but the order of dropout.
+Histories are much shorter than max_len in the mean, so they are not padded to it: several are packed, whole, into each
+window. What works position by position sees a dense array [W, Q]; what looks back (convolution, scan) stops at a
+history's start, which `Packing` knows. Time signals mix all T positions of an example and stay [B, T]. How the histories
+are packed changes no number but the order of dropout.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -20,24 +22,49 @@ from torch import Tensor
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
 
-GROUP_LENGTHS = (1, 2, 3, 5, 8, 12, 20, 32, 50, 80, 128, 200, 320, 512)
-
 
 @dataclass(frozen=True)
-class Group:
-    """Examples of similar length."""
+class Packing:
+    """Where the histories of B examples stand in windows."""
 
-    items: Tensor  # [b, L] int64, right-padded with 0
-    lengths: Tensor  # [b] int64, 1..L
-    gap_seconds: Tensor | None  # [b, T] float32: gap to the item before, 0 at the first item and where not timed
-    timed: Tensor  # [b, T] bool: the position's gap may be read
+    positions: Tensor  # [W, Q] int64: the place in its own history, from 0; -1 where no history stands
+    examples: Tensor  # [W, Q] int64: whose history; 0 where none stands
+    last: Tensor  # [B] int64: where each history ends, counted over all W * Q
+    lengths: Tensor  # [B] int64, 1..T
+
+    def stacked(self, copies: int) -> Packing:
+        """The packing of `copies` arrays [W, Q, ...] put one behind the other, as of copies * B examples."""
+        if copies == 1:
+            return self
+        steps = torch.arange(copies, device=self.last.device)
+        examples = self.examples + (steps * len(self.last))[:, None, None]  # [copies, W, Q]
+        last = self.last + (steps * self.positions.numel())[:, None]  # [copies, B]
+        return Packing(self.positions.repeat(copies, 1), examples.flatten(0, 1), last.flatten(), self.lengths.repeat(copies))
+
+    def spread(self, signal: Tensor) -> Tensor:
+        """A signal [B, H, T] over an example's positions -> [W, Q, H], where the positions stand."""
+        B, H, T = signal.shape
+        places = self.examples * T + self.positions.clamp(min=0)  # [W, Q]
+        return signal.transpose(1, 2).reshape(B * T, H)[places]
+
+    def at_last(self, x: Tensor) -> Tensor:
+        """x [W, Q, ...] -> [B, ...], at the end of each history."""
+        return x.flatten(0, 1)[self.last]
+
+    def recent(self, count: int) -> tuple[Tensor, Tensor]:
+        """The ends of the histories: places [B, count] over all W * Q, latest first, and which of them exist [B, count]."""
+        back = torch.arange(count, device=self.last.device)
+        return (self.last[:, None] - back).clamp(min=0), back < self.lengths[:, None]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples with their targets, in the order of the groups."""
+    """Examples with their targets."""
 
-    groups: tuple[Group, ...]
+    items: Tensor  # [W, Q] int64, 0 where no history stands
+    packing: Packing
+    gap_seconds: Tensor | None  # [B, T] float32: gap to the item before, 0 at the first item and where not timed
+    timed: Tensor  # [B, T] bool: the position's gap may be read
     targets: Tensor  # [B] int64, the item that follows
     users: np.ndarray  # [B] int64
     ends: np.ndarray  # [B] int64, interactions before the target
@@ -46,19 +73,22 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device) -> Batch:
-        groups = tuple(
-            Group(*(None if part is None else part.to(device, non_blocking=True) for part in vars(group).values()))  # type: ignore[arg-type]
-            for group in self.groups
+        def move(part: Tensor) -> Tensor:
+            return part.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            items=move(self.items),
+            packing=Packing(*map(move, vars(self.packing).values())),
+            gap_seconds=None if self.gap_seconds is None else move(self.gap_seconds),
+            timed=move(self.timed),
+            targets=move(self.targets),
         )
-        return replace(self, groups=groups, targets=self.targets.to(device, non_blocking=True))
 
     def compact(self) -> tuple[Tensor, Batch]:
-        """The item ids that the batch holds, ascending, and the batch with rows of that list in place of ids."""
-        parts = [group.items.flatten() for group in self.groups]
-        ids, rows = torch.unique(torch.cat([*parts, self.targets]), return_inverse=True)
-        *group_rows, targets = rows.split([*(len(part) for part in parts), len(self)])
-        groups = tuple(replace(group, items=row.view_as(group.items)) for group, row in zip(self.groups, group_rows, strict=True))
-        return ids, replace(self, groups=groups, targets=targets)
+        """The ids in the histories, ascending, and the batch whose items are rows of that list in place of ids."""
+        ids, rows = torch.unique(self.items, return_inverse=True)
+        return ids, replace(self, items=rows)
 
 
 @dataclass(frozen=True)
@@ -98,42 +128,77 @@ def make_batch(
 ) -> Batch:
     """The batch of the examples (users[k], ends[k]): inputs are the last max_len items before `end`.
 
-    Examples are put in the order of their length (ties keep their order). Without targets (a whole
-    history has none) they are 0, and no view shows their time.
+    Without targets (a whole history has none) they are 0, and no view shows their time.
     """
     lengths = np.minimum(ends, max_len)
-    order = np.argsort(lengths, kind="stable")
-    users, ends, lengths = users[order], ends[order], lengths[order]
-    targets = domain.items[domain.offsets[users] + ends] if with_targets else np.zeros(len(users))
-    view = view if with_targets else replace(view, label_time=False)
-    bounds = np.searchsorted(lengths, (0, *GROUP_LENGTHS, max_len), side="right")
-    groups = tuple(
-        _make_group(domain, users[low:high], ends[low:high], lengths[low:high], max_len=max_len, time=time, view=view)
-        for low, high in pairwise(bounds)
-        if high > low
-    )
-    return Batch(groups, torch.from_numpy(targets.astype(np.int64)), users, ends)
-
-
-def _make_group(
-    domain: Domain, users: np.ndarray, ends: np.ndarray, lengths: np.ndarray, *, max_len: int, time: bool, view: TimeView
-) -> Group:
-    positions = np.arange(max_len)  # [T]
-    first = (domain.offsets[users] + ends - lengths)[:, None]  # [b, 1] row of the first input
-    longest = int(lengths[-1])
-    real = positions[:longest] < lengths[:, None]  # [b, L]
-    items = np.where(real, domain.items[np.where(real, first + positions[:longest], first)], 0)  # [b, L]
-    gaps, timed = None, positions < lengths[:, None]
+    offsets = domain.offsets[users]
+    first = offsets + ends - lengths  # [B] row of the first input
+    items, packing = pack(domain.items[_ranges(first, lengths)], lengths)
+    targets = domain.items[offsets + ends] if with_targets else np.zeros(len(users))
+    gaps, timed = None, np.arange(max_len) < lengths[:, None]  # [B, T]
     if time and domain.timestamps is not None:
-        stamped = positions < lengths[:, None] + view.label_time  # [b, T]
-        stamps = np.where(stamped, domain.timestamps[np.where(stamped, first + positions, first)], 0)
+        view = view if with_targets else replace(view, label_time=False)
+        stamped = np.arange(max_len) < lengths[:, None] + view.label_time  # [B, T]
+        stamps = np.where(stamped, domain.timestamps[np.where(stamped, first[:, None] + np.arange(max_len), first[:, None])], 0)
         gaps, timed = view.gaps(stamps, lengths)
-    return Group(
-        items=torch.from_numpy(items.astype(np.int64)),
-        lengths=torch.from_numpy(lengths.astype(np.int64)),
+    return Batch(
+        items=items,
+        packing=packing,
         gap_seconds=None if gaps is None else torch.from_numpy(gaps.astype(np.float32)),
         timed=torch.from_numpy(timed),
+        targets=torch.from_numpy(targets.astype(np.int64)),
+        users=users,
+        ends=ends,
     )
+
+
+def pack(items: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Packing]:
+    """Histories, one behind the other in `items`, with their lengths [B] >= 1 -> windows of items [W, Q] and their packing."""
+    Q = int(lengths.max(initial=1))
+    starts, W = fit_into_windows(lengths, Q)
+    places = _ranges(starts, lengths)  # [total] of W * Q
+    windows, positions, examples = np.zeros(W * Q, dtype=np.int64), np.full(W * Q, -1), np.zeros(W * Q, dtype=np.int64)
+    windows[places] = items
+    positions[places] = places - np.repeat(starts, lengths)
+    examples[places] = np.repeat(np.arange(len(lengths)), lengths)
+    shaped = (torch.from_numpy(part.reshape(W, Q)) for part in (windows, positions, examples))
+    items_in_windows, *where = shaped
+    return items_in_windows, Packing(
+        *where, last=torch.from_numpy(starts + lengths - 1), lengths=torch.from_numpy(lengths.astype(np.int64))
+    )
+
+
+def fit_into_windows(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:
+    """Starts [B] of histories of these lengths in windows of `window` positions, counted over all windows; and their number.
+
+    Every window takes the longest history that still fits until none does. Windows that come out alike are filled at once.
+    """
+    order = np.argsort(lengths, kind="stable")
+    known, begins, counts = (part.tolist() for part in np.unique(lengths[order], return_index=True, return_counts=True))
+    starts = np.empty(len(lengths), dtype=np.int64)
+    windows = 0
+    while known:
+        content, room, k = [], window, len(known)  # content: (which length, how often, where it begins)
+        while (k := min(k, bisect_right(known, room))) > 0:
+            k -= 1
+            often = min(counts[k], room // known[k])
+            content.append((k, often, window - room))
+            room -= often * known[k]
+        alike = min(counts[k] // often for k, often, _ in content)
+        for k, often, begin in content:
+            chosen = order[begins[k] : begins[k] + alike * often]
+            inside = begin + known[k] * np.arange(often)
+            starts[chosen] = (window * np.arange(windows, windows + alike)[:, None] + inside).ravel()
+            begins[k], counts[k] = begins[k] + alike * often, counts[k] - alike * often
+        windows += alike
+        left = [k for k, count in enumerate(counts) if count]
+        known, begins, counts = ([part[k] for k in left] for part in (known, begins, counts))
+    return starts, windows
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """start, start + 1, ... of every range, one behind the other: [sum of lengths]."""
+    return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
 
 @dataclass(frozen=True)
@@ -149,6 +214,12 @@ class DomainData:
     view: TimeView = TimeView()
     mask_seen: bool = False  # evaluation: items of the history before the target are no candidates
 
+    @cached_property
+    def target_counts(self) -> np.ndarray:
+        """How often each item 0..I is a training target, [I + 1]."""
+        users, ends = self.train
+        return np.bincount(self.domain.items[self.domain.offsets[users] + ends], minlength=self.domain.n_items + 1)
+
     @property
     def fingerprint(self) -> str:
         """The domain's, and whether seen items are ranked: all that decides what a metric on this data means."""
@@ -158,13 +229,13 @@ class DomainData:
         """The examples (users[k], ends[k]) with their targets."""
         return make_batch(self.domain, users, ends, max_len=self.max_len, time=self.time, view=self.view)
 
-    def mask(self, scores: Tensor, batch: Batch) -> None:
-        """With `mask_seen`, put -inf into scores [B, I + 1] for the items of each history: all of it, not the last max_len."""
+    def mask(self, scores: Tensor, users: np.ndarray, ends: np.ndarray, first: int = 0) -> None:
+        """With `mask_seen`, put -inf into scores [B, n] of the items from `first` on for the items of each history, all of it."""
         if self.mask_seen:
-            rows = np.repeat(np.arange(len(batch)), batch.ends)
-            within = np.arange(len(rows)) - np.repeat(np.cumsum(batch.ends) - batch.ends, batch.ends)
-            seen = self.domain.items[self.domain.offsets[batch.users][rows] + within].astype(np.int64)
-            scores[torch.from_numpy(rows), torch.from_numpy(seen)] = -torch.inf
+            rows = torch.from_numpy(np.repeat(np.arange(len(users)), ends))
+            seen = torch.from_numpy(self.domain.items[_ranges(self.domain.offsets[users], ends)].astype(np.int64)) - first
+            here = (seen >= 0) & (seen < scores.shape[1])
+            scores[rows[here], seen[here]] = -torch.inf
 
     def inputs(self, users: np.ndarray, ends: np.ndarray) -> Batch:
         """The examples without targets, so that `end` may be the length of the history."""

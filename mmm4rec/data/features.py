@@ -25,6 +25,7 @@ from mmm4rec.errors import BadInput
 
 Modality = Literal["text", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
+ITEMS_AT_ONCE = 32_768  # items whose vectors are computed at once; a larger catalogue goes block by block
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,9 @@ def open_features(domain: Domain, modality: Modality) -> FeatureTable | None:
     remedy = f"Re-run: mmm4rec encode {domain.path}"
     try:
         info: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        vectors = np.load(folder / f"{modality}.npy", mmap_mode="r", allow_pickle=False)
+        vectors = np.load(
+            folder / f"{modality}.npy", mmap_mode="c", allow_pickle=False
+        )  # torch wants it writable; no write reaches the file
         present = np.load(folder / f"{modality}.present.npy", allow_pickle=False)
         encoder, digest, bound_to = str(info["encoder"]), str(info["digest"]), info["domain_fingerprint"]
     except (OSError, ValueError, KeyError) as error:
@@ -125,10 +128,14 @@ def open_features(domain: Domain, modality: Modality) -> FeatureTable | None:
 
 @dataclass(frozen=True)
 class ItemFeatures:
-    """A domain's features as a model reads them: row i is item i, row 0 (padding) is absent and zero."""
+    """A domain's features as a model reads them; padding (item 0) has none.
+
+    Small catalogues are in memory, as float32 [I + 1, F]: row i is item i, row 0 zero. Larger ones, of ITEMS_AT_ONCE items
+    and more, stay where they are on disk, as they are: [I, F], row i - 1 is item i, and are read block by block.
+    """
 
     n_items: int
-    vectors: dict[Modality, Tensor]  # [I + 1, F] float32; a modality that the domain lacks has no entry
+    vectors: dict[Modality, Tensor]  # [I + 1, F], or a memory map [I, F]; a modality that the domain lacks has no entry
     present: dict[Modality, Tensor]  # [I + 1] bool
     encoders: dict[Modality, str]
     digests: dict[Modality, str] = field(default_factory=dict)  # which vectors these are
@@ -136,6 +143,31 @@ class ItemFeatures:
     @property
     def dimensions(self) -> dict[Modality, int]:
         return {modality: vectors.shape[1] for modality, vectors in self.vectors.items()}
+
+    @property
+    def one_block(self) -> bool:
+        """Whether all items may be computed at once."""
+        return self.n_items < ITEMS_AT_ONCE
+
+    def blocks(self) -> list[slice]:
+        """The real items 1..I, at most ITEMS_AT_ONCE at a time."""
+        return [slice(first, min(first + ITEMS_AT_ONCE, self.n_items + 1)) for first in range(1, self.n_items + 1, ITEMS_AT_ONCE)]
+
+    def numbers(self, ids: Tensor | slice | None, device: torch.device | None = None) -> Tensor:
+        """The items that `ids` means, [n]: these, a range, or all with padding."""
+        if isinstance(ids, Tensor):
+            return ids
+        return torch.arange(*(ids or slice(None)).indices(self.n_items + 1), device=device)
+
+    def rows(self, modality: Modality, ids: Tensor | slice | None) -> tuple[Tensor, Tensor]:
+        """Vectors [n, F] and presence [n] of these items; half precision comes as float32. An absent item's vector means nothing."""
+        table, present = self.vectors[modality], self.present[modality]
+        chosen = slice(None) if ids is None else ids
+        if len(table) == self.n_items + 1:
+            rows = table[chosen]
+        else:
+            rows = table[(self.numbers(ids, table.device) - 1).clamp(min=0)]
+        return rows.float() if rows.dtype == torch.float16 else rows, present[chosen]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ItemFeatures:
         vectors = {modality: part.to(device, dtype) for modality, part in self.vectors.items()}
@@ -147,9 +179,13 @@ def load_features(domain: Domain, modalities: Sequence[Modality], *, shuffle_see
     tables = [table for table in (open_features(domain, modality) for modality in modalities) if table is not None]
     if shuffle_seed is not None:
         tables = [table.shuffled(shuffle_seed) for table in tables]
+    in_memory = domain.n_items < ITEMS_AT_ONCE
     return ItemFeatures(
         n_items=domain.n_items,
-        vectors={table.modality: _padded(np.asarray(table.vectors, dtype=np.float32)) for table in tables},
+        vectors={
+            table.modality: _padded(np.asarray(table.vectors, dtype=np.float32)) if in_memory else torch.from_numpy(table.vectors)
+            for table in tables
+        },
         present={table.modality: _padded(table.present) for table in tables},
         encoders={table.modality: table.encoder for table in tables},
         digests={table.modality: table.digest for table in tables},

@@ -1,26 +1,32 @@
 """The parts of MMM4Rec (arXiv 2506.02916): time-aware SSD, Cross-SSD, Fourier filter, feed-forward.
 
-Dimensions: b examples, L positions of items, T = max_len positions of time, D width, E = expand * D,
-H heads, P head width (E = H * P), G groups, N state size, K kernel width, F frequencies.
+Dimensions: B examples, W windows and Q positions of items (`Packing`), T = max_len positions of time, D width,
+E = expand * D, H heads, P head width (E = H * P), G groups, N state size, K kernel width, F frequencies.
 
-A time signal `tau` is [b, H, T]: one row a head, all T positions, since its layers mix positions.
+A time signal `tau` is [B, H, T]: one row a head, all T positions, since its layers mix positions.
+
+A user is read off the last item: with `at_last` a block computes its outputs there alone, and of what it reads only what
+they need.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmm4rec.models.ssd import Implementation, scan
+from mmm4rec.data.batches import Packing
+from mmm4rec.models.ssd import Implementation, scan, scan_at_last
 
 TimeStep = Literal["shift", "scale"]
 Activation = Literal["silu", "hardswish"]
 ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish}
+DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "hardswish": torch.ops.aten.hardswish_backward}  # (gradient, input)
+CONV_BLOCK = 2**19  # elements that the convolution works on at once on a CPU: they stay in its cache
 SHIFT_SPAN = 6.0  # the heads' weights start at -6 ... 6: a step of softplus(6 * tau) against softplus(-6 * tau)
 
 
@@ -49,20 +55,74 @@ class SSDConfig:
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time that sees the K - 1 positions before; zeros stand before the first."""
+    """Depthwise convolution over time that sees the K - 1 positions before, then an activation; zeros stand before the first."""
 
-    def __init__(self, channels: int, kernel: int) -> None:
+    def __init__(self, channels: int, kernel: int, activation: Activation) -> None:
         super().__init__()
         bound = 1 / math.sqrt(kernel)  # the default of torch's Conv1d with one input channel a group
         self.weight = nn.Parameter(torch.empty(channels, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [b, L, channels] -> the same shape. Shifted multiply-adds: faster than conv1d on short sequences."""
-        y = x * self.weight[:, -1] + self.bias
-        for shift in range(1, min(self.weight.shape[1], x.shape[1])):
-            y[:, shift:] += x[:, :-shift] * self.weight[:, -1 - shift]
+    def forward(self, x: Tensor, positions: Tensor, channels: slice = slice(None)) -> Tensor:
+        """x [W, Q, c] of some of the channels, and each position's place in its own history [W, Q] -> the shape of x."""
+        return _CausalConv.apply(x, self.weight[channels], self.bias[channels], positions, self.activation)
+
+    def at_last(self, recent: Tensor, exists: Tensor, channels: slice = slice(None)) -> Tensor:
+        """The outputs at the last positions alone: [B, c] of the K positions up to there, latest first, [B, K, c] and [B, K]."""
+        taps = self.weight[channels].flip(1).T * exists[..., None]  # [B, K, c]
+        return ACTIVATIONS[self.activation]((recent * taps).sum(1) + self.bias[channels])
+
+
+class _CausalConv(torch.autograd.Function):
+    """The convolution as shifted multiply-adds, a few windows at a time, and its gradient from its input alone.
+
+    Autograd's own would keep, and walk through, a dozen arrays of x's size: on a CPU that costs more than the
+    projections before and after.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, activation: Activation) -> Tensor:
+        K = weight.shape[1]
+        exists = positions[..., None] >= torch.arange(K, device=x.device)  # [W, Q, K]: so far back the history reaches
+        taps = (weight.flip(1).T.contiguous().to(x.dtype), bias.to(x.dtype), exists.to(x.dtype))  # taps[0] is [K, c], latest first
+        ctx.activation = activation
+        ctx.save_for_backward(x, *taps)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for block in _blocks(x):
+            y[block] = ACTIVATIONS[activation](_convolve(x[block], taps[0], taps[1], taps[2][block]))
         return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x, weight, bias, exists) = gradients, ctx.saved_tensors
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
+        for block in _blocks(x):
+            z = _convolve(x[block], weight, bias, exists[block])
+            dz = DERIVATIVES[ctx.activation](dy[block], z)  # [w, Q, c]
+            torch.mul(dz, weight[0], out=dx[block])
+            dbias += dz.sum((0, 1))
+            dweight[0] += (dz * x[block]).sum((0, 1))
+            for back in range(1, min(len(weight), x.shape[1])):
+                reached = dz[:, back:] * exists[block][:, back:, back, None]
+                dx[block][:, :-back].addcmul_(reached, weight[back])
+                dweight[back] += (reached * x[block][:, :-back]).sum((0, 1))
+        return dx, dweight.T.flip(1), dbias, None, None
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    """The windows of x [W, Q, c], a few at a time on a CPU, all at once elsewhere."""
+    step = max(1, CONV_BLOCK // (x.shape[1] * x.shape[2])) if x.device.type == "cpu" else len(x)
+    return [slice(first, first + step) for first in range(0, len(x), step)]
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, exists: Tensor) -> Tensor:
+    """x [w, Q, c], weight [K, c] latest first, bias [c], exists [w, Q, K] -> [w, Q, c]."""
+    y = torch.addcmul(bias, x, weight[0])
+    for back in range(1, min(len(weight), x.shape[1])):
+        y[:, back:].addcmul_(x[:, :-back] * exists[:, back:, back, None], weight[back])
+    return y
 
 
 class TimeShift(nn.Module):
@@ -75,9 +135,9 @@ class TimeShift(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.linspace(-SHIFT_SPAN, SHIFT_SPAN, config.heads))
 
-    def forward(self, step: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """step [b, L, H] before softplus and tau [b, H, T] -> the moved steps and tau as it came."""
-        return step + tau.transpose(1, 2)[:, : step.shape[1]] * self.weight, tau
+    def forward(self, step: Tensor, tau: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """step [W, Q, H] before softplus and tau [B, H, T] -> the moved steps and tau as it came."""
+        return step + packing.spread(tau) * self.weight, tau
 
 
 class TimeScale(nn.Module):
@@ -87,16 +147,16 @@ class TimeScale(nn.Module):
         super().__init__()
         T, H, K = config.max_len, config.heads, config.conv_width
         self.dropout = nn.Dropout(config.dropout)
-        self.activation = ACTIVATIONS[activation]
         self.first, self.second = nn.Linear(T, T), nn.Linear(T, T)
-        self.conv_first, self.conv_second = CausalConv(H, K), CausalConv(H, K)
+        self.conv_first, self.conv_second = CausalConv(H, K, activation), CausalConv(H, K, activation)
 
-    def forward(self, step: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """step [b, L, H] before softplus and tau [b, H, T] -> the scaled steps and the factors [b, H, T]."""
+    def forward(self, step: Tensor, tau: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """step [W, Q, H] before softplus and tau [B, H, T] -> the scaled steps and the factors [B, H, T]."""
         scale = F.tanhshrink(self.second(F.silu(self.first(self.dropout(tau)))))
-        signal = (tau * scale).transpose(1, 2)  # [b, T, H]
-        factor = self.activation(self.conv_second(self.activation(self.conv_first(signal))))
-        return step * factor[:, : step.shape[1]], factor.transpose(1, 2)
+        signal = (tau * scale).transpose(1, 2)  # [B, T, H]
+        positions = torch.arange(signal.shape[1], device=signal.device).expand(signal.shape[:2])
+        factor = self.conv_second(self.conv_first(signal, positions), positions).transpose(1, 2)  # [B, H, T]
+        return step * packing.spread(factor), factor
 
 
 class Scan(nn.Module):
@@ -113,15 +173,22 @@ class Scan(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(E))
         self.out = nn.Linear(E, config.width)
 
-    def forward(self, x: Tensor, B: Tensor, C: Tensor, step: Tensor, gate: Tensor) -> Tensor:
-        """x [b, L, E], B and C [b, L, G * N], step [b, L, H], gate [b, L, E] -> [b, L, D]."""
+    def forward(self, x: Tensor, B: Tensor, step: Tensor, C: Tensor, gate: Tensor, packing: Packing, *, at_last: bool) -> Tensor:
+        """What is written, x [W, Q, E], B [W, Q, G * N], step [W, Q, H]; what reads, C [W, Q, G * N] and gate [W, Q, E].
+
+        Returns [W, Q, D]. `at_last`: C, gate and the result are [B, ...].
+        """
         config = self.config
-        x = x.unflatten(-1, (config.heads, config.head_width))  # [b, L, H, P]
-        B, C = (part.unflatten(-1, (config.groups, config.state)) for part in (B, C))  # [b, L, G, N]
-        delta = F.softplus(step + self.step_bias)
-        y = scan(x, delta, -torch.exp(self.log_a), B, C, implementation=config.scan)
+        x = x.unflatten(-1, (config.heads, config.head_width))  # [W, Q, H, P]
+        B, C = (part.unflatten(-1, (config.groups, config.state)) for part in (B, C))  # [..., G, N]
+        delta, a = F.softplus(step + self.step_bias), -torch.exp(self.log_a)
+        if at_last:
+            y = scan_at_last(x, delta, a, B, C, packing)  # [B, H, P]
+            x, delta = packing.at_last(x), packing.at_last(delta)
+        else:
+            y = scan(x, delta, a, B, C, packing.positions, implementation=config.scan)
         skipped = x * delta[..., None] if config.scaled_skip else x
-        y = (y + self.skip[:, None] * skipped).flatten(-2) * F.silu(gate)  # [b, L, E]
+        y = (y + self.skip[:, None] * skipped).flatten(-2) * F.silu(gate)  # [..., E]
         return self.out(F.rms_norm(y, y.shape[-1:], self.norm_weight, config.norm_eps))
 
 
@@ -132,9 +199,9 @@ class TimeSSD(nn.Module):
         super().__init__()
         self.config = config
         E, GN, T = config.inner, config.groups * config.state, config.max_len
-        self.sizes = (E, E + 2 * GN, config.heads)
+        self.sizes = (E, E + GN, GN, config.heads)  # gate; x and B; C; step
         self.proj = nn.Linear(config.width, sum(self.sizes))
-        self.conv = CausalConv(E + 2 * GN, config.conv_width)
+        self.conv = CausalConv(E + 2 * GN, config.conv_width, "silu")
         self.scan = Scan(config)
         if config.time_step == "shift":
             self.time_shift = TimeShift(config)
@@ -144,19 +211,39 @@ class TimeSSD(nn.Module):
             self.time_gate = nn.Linear(T, 1 if config.time_gate == "head" else T)
             self.time_norm = nn.LayerNorm(T, eps=config.norm_eps)
 
-    def forward(self, u: Tensor, tau: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """u [b, L, D], tau [b, H, T] or None -> output [b, L, D] and the next layer's tau."""
+    def forward(self, u: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> tuple[Tensor, Tensor | None]:
+        """u [W, Q, D], tau [B, H, T] or None -> output [W, Q, D], or [B, D] `at_last`, and the next layer's tau."""
         config = self.config
-        gate, xBC, step = self.proj(u).split(self.sizes, dim=-1)
-        GN = config.groups * config.state
-        x, B, C = F.silu(self.conv(xBC)).split((config.inner, GN, GN), dim=-1)
+        gate, xB, C, step = self._read_at_last(u, packing) if at_last else self._read(u, packing)
         if tau is not None and config.time_step == "shift":
-            step, tau = self.time_shift(step, tau)
+            step, tau = self.time_shift(step, tau, packing)
         elif tau is not None:
-            step, factor = self.time_scale(step, tau)
-            keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [b, H, 1 or T]
+            step, factor = self.time_scale(step, tau, packing)
+            keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [B, H, 1 or T]
             tau = self.time_norm(keep * tau + (1 - keep) * factor)
-        return self.scan(x, B, C, step, gate), tau
+        x, B = xB.split((config.inner, config.groups * config.state), dim=-1)
+        return self.scan(x, B, step, C, gate, packing, at_last=at_last), tau
+
+    def _read(self, u: Tensor, packing: Packing) -> tuple[Tensor, ...]:
+        """gate [W, Q, E], x and B [W, Q, E + G * N], C [W, Q, G * N], step [W, Q, H]."""
+        E, xB, C, H = self.sizes
+        gate, convolved, step = self.proj(u).split((E, xB + C, H), dim=-1)
+        return gate, *self.conv(convolved, packing.positions).split((xB, C), dim=-1), step
+
+    def _read_at_last(self, u: Tensor, packing: Packing) -> tuple[Tensor, ...]:
+        """The same with gate [B, E] and C [B, G * N]."""
+        E, xB, C, H = self.sizes
+        weights, biases = (part.split(self.sizes) for part in (self.proj.weight, self.proj.bias))
+        written = F.linear(u, torch.cat((weights[1], weights[3])), torch.cat((biases[1], biases[3])))
+        convolved, step = written.split((xB, H), dim=-1)
+        places, exists = packing.recent(self.config.conv_width)
+        recent = F.linear(u.flatten(0, 1)[places], weights[2], biases[2])  # [B, K, G * N]
+        return (
+            F.linear(packing.at_last(u), weights[0], biases[0]),
+            self.conv(convolved, packing.positions, slice(xB)),
+            self.conv.at_last(recent, exists, slice(xB, xB + C)),
+            step,
+        )
 
 
 class CrossSSD(nn.Module):
@@ -165,29 +252,34 @@ class CrossSSD(nn.Module):
     def __init__(self, config: SSDConfig) -> None:
         super().__init__()
         self.config = config
-        D, E, GN = config.width, config.inner, config.groups * config.state
+        D, E, GN, K = config.width, config.inner, config.groups * config.state, config.conv_width
         self.sizes = (E + GN, config.heads)
         self.context_proj = nn.Linear(D, sum(self.sizes))
         self.gate_proj = nn.Linear(D, E)
         self.query_proj = nn.Linear(D, GN)
-        self.context_conv = CausalConv(E + GN, config.conv_width)
-        self.query_conv = CausalConv(GN, config.conv_width)
+        self.context_conv = CausalConv(E + GN, K, config.cross_activation)
+        self.query_conv = CausalConv(GN, K, config.cross_activation)
         self.scan = Scan(config)
-        self.activation = ACTIVATIONS[config.cross_activation]
         if config.time_step == "shift":
             self.time_shift = TimeShift(config)
         elif config.time_step == "scale":
             self.time_scale = TimeScale(config, config.cross_activation)
 
-    def forward(self, query: Tensor, context: Tensor, tau: Tensor | None) -> Tensor:
-        """query and context [b, L, D], tau [b, H, T] or None -> [b, L, D]."""
+    def forward(self, query: Tensor, context: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> Tensor:
+        """query and context [W, Q, D], tau [B, H, T] or None -> [W, Q, D], or [B, D] `at_last`."""
         config = self.config
         xB, step = self.context_proj(context).split(self.sizes, dim=-1)
-        x, B = self.activation(self.context_conv(xB)).split((config.inner, config.groups * config.state), dim=-1)
-        C = self.activation(self.query_conv(self.query_proj(query)))
+        x, B = self.context_conv(xB, packing.positions).split((config.inner, config.groups * config.state), dim=-1)
         if tau is not None:
-            step, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(step, tau)
-        return self.scan(x, B, C, step, self.gate_proj(query + context))
+            step, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(step, tau, packing)
+        if at_last:
+            places, exists = packing.recent(config.conv_width)
+            C = self.query_conv.at_last(self.query_proj(query.flatten(0, 1)[places]), exists)  # [B, G * N]
+            gate = self.gate_proj(packing.at_last(query) + packing.at_last(context))
+        else:
+            C = self.query_conv(self.query_proj(query), packing.positions)
+            gate = self.gate_proj(query + context)
+        return self.scan(x, B, step, C, gate, packing, at_last=at_last)
 
 
 class ComplexLinear(nn.Module):
@@ -215,8 +307,8 @@ class FourierFilter(nn.Module):
         self.image, self.text, self.joint = ComplexLinear(size), ComplexLinear(size), ComplexLinear(size)
 
     def forward(self, image_tau: Tensor, text_tau: Tensor) -> Tensor:
-        """Two signals [b, H, T] -> one [b, H, T]."""
-        image, text = (torch.fft.rfft(tau, norm="ortho")[..., : self.size] for tau in (image_tau, text_tau))  # [b, H, F]
+        """Two signals [B, H, T] -> one [B, H, T]."""
+        image, text = (torch.fft.rfft(tau, norm="ortho")[..., : self.size] for tau in (image_tau, text_tau))  # [B, H, F]
         joined = self.joint(image * self.image(image) + text * self.text(text))
         return torch.fft.irfft(joined, n=self.max_len, norm="ortho")
 
@@ -231,6 +323,6 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [b, L, D] -> [b, L, D]."""
+        """x [..., D] -> [..., D]."""
         inner = self.dropout(F.hardswish(self.first(x)))
         return self.norm(self.dropout(self.second(inner)) + x)

@@ -1,6 +1,6 @@
 """MMM4Rec: a user's history and the catalogue as vectors of one space (arXiv 2506.02916).
 
-Dimensions: B users, b examples of a group, L positions, T = max_len, I items (row 0 is padding),
+Dimensions: B examples, W windows and Q positions of items (`Packing`), T = max_len, I items (row 0 is padding),
 n rows of a catalogue (I + 1, or fewer), D width, H heads, F width of a feature vector.
 
 The text stream is what the published code calls the encoder, the image stream the decoder: the user
@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmm4rec.data.batches import Batch, Group
+from mmm4rec.data.batches import Batch, Packing
 from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
 from mmm4rec.models.blocks import Activation, CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD, TimeStep
 from mmm4rec.models.quirks import NONE, Quirks
-from mmm4rec.models.recommender import Catalogue, Recommender
+from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 from mmm4rec.models.ssd import Implementation
 
 LOG_GAP_UNIT = 10.0  # log1p(gap_seconds) / 10: six hours are 1.0, a year is 1.7
@@ -137,7 +137,7 @@ class TimeInput(nn.Module):
         self.norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
     def forward(self, gap_seconds: Tensor, timed: Tensor) -> Tensor:
-        """gap_seconds and timed [b, T] -> tau [b, H, T]."""
+        """gap_seconds and timed [B, T] -> tau [B, H, T]."""
         gaps = self.gap_dropout(gap_seconds * timed)
         if self.encoding == "layer_norm":
             tau = self.norm(gaps)
@@ -152,7 +152,7 @@ def log_gaps(gap_seconds: Tensor) -> Tensor:
 
 
 def masked_norm(values: Tensor, mask: Tensor, eps: float) -> Tensor:
-    """values [b, T] less their mean and over their deviation, both over the positions of the mask."""
+    """values [B, T] less their mean and over their deviation, both over the positions of the mask."""
     count = mask.sum(1, keepdim=True)
     centred = (values - (values * mask).sum(1, keepdim=True) / count) * mask
     return centred / torch.sqrt(centred.square().sum(1, keepdim=True) / count + eps)
@@ -173,28 +173,39 @@ class Layer(nn.Module):
         self.cross_norm = nn.LayerNorm(D, eps=eps) if both else None
         self.filter = FourierFilter(config.max_len, config.filter_size or config.frequencies) if config.has_filter else None
 
-    def forward(self, streams: list[Tensor], taus: list[Tensor] | None) -> tuple[list[Tensor], list[Tensor] | None]:
-        """streams [b, L, D] and taus [b, H, T], one a modality, text first -> the same for the next layer."""
-        count = len(streams)
-        mixed, tau = self.ssd(torch.cat(streams), None if taus is None else torch.cat(taus))
+    def forward(
+        self, streams: list[Tensor], taus: list[Tensor] | None, packing: Packing, *, at_last: bool
+    ) -> tuple[list[Tensor], list[Tensor] | None]:
+        """streams [W, Q, D] and taus [B, H, T], one a modality, text first -> the same for the next layer.
+
+        `at_last`: the last stream comes out as [B, D].
+        """
+        count, names = len(streams), list(self.norm)
+        all_at_last = at_last and self.cross is None  # Cross-SSD reads whole streams
+        tau = None if taus is None else torch.cat(taus)
+        mixed, tau = self.ssd(torch.cat(streams), tau, packing.stacked(count), at_last=all_at_last)
         taus = None if tau is None else list(tau.chunk(count))
-        names = list(self.norm)
+        if all_at_last:
+            streams = [packing.at_last(stream) for stream in streams]
         hidden = [
             self.norm[name](self.dropout(part) + stream) for name, part, stream in zip(names, mixed.chunk(count), streams, strict=True)
         ]
         hidden[0] = self.ffn[names[0]](hidden[0])
         if count == 2:
-            hidden[1] = self.ffn["image"](self._join(hidden[1], hidden[0], taus))
+            hidden[1] = self.ffn["image"](self._join(hidden[1], hidden[0], taus, packing, at_last=at_last))
         return hidden, taus
 
-    def _join(self, image: Tensor, text: Tensor, taus: list[Tensor] | None) -> Tensor:
+    def _join(self, image: Tensor, text: Tensor, taus: list[Tensor] | None, packing: Packing, *, at_last: bool) -> Tensor:
         assert self.cross_norm is not None
         if self.cross is None:
             return self.cross_norm(image + text)
         tau = None
         if taus is not None:
             tau = taus[0] + taus[1] if self.filter is None else self.filter(taus[1], taus[0])
-        return self.cross_norm(self.dropout(self.cross(image, text, tau)) + image + text)
+        crossed = self.cross(image, text, tau, packing, at_last=at_last)
+        if at_last:
+            image, text = packing.at_last(image), packing.at_last(text)
+        return self.cross_norm(self.dropout(crossed) + image + text)
 
 
 class MMM4Rec(Recommender):
@@ -204,6 +215,7 @@ class MMM4Rec(Recommender):
         """Args: feature_dimensions: F a modality, without those that no domain has; n_items: I, for ids and per-item fusion."""
         super().__init__()
         self.config = config
+        self.temperature = config.temperature
         self.features: ItemFeatures | None = None  # a released checkpoint carries those of its items (published.py)
         per_item = config.ids or config.fusion == "dynamic_instance"
         if per_item and n_items is None:
@@ -231,48 +243,37 @@ class MMM4Rec(Recommender):
         for vector in self.missing.values():
             nn.init.normal_(vector, std=0.02)
 
-    def items(self, features: ItemFeatures, ids: Tensor | None = None) -> Catalogue:
-        """The vectors of all items 0..I, or of those in `ids` [n]."""
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        """The vectors of all items 0..I, or of those in `ids`: [n], or a range of rows."""
         inputs: dict[str, Tensor] = {stream: self._item_inputs(stream, features, ids) for stream in self.config.streams}
         unit = [F.normalize(vectors, dim=-1, eps=1e-12) for vectors in inputs.values()]
         if self.fusion is None:
             return Catalogue(inputs, sum(unit[1:], unit[0]))
-        logits = self.fusion if self.fusion.dim() == 1 or ids is None else self.fusion[ids]
-        weights = logits.softmax(-1)  # [2] or [n, 2], text first
+        weights = (self.fusion if self.fusion.dim() == 1 else rows_of(self.fusion, ids)).softmax(-1)  # [2] or [n, 2], text first
         return Catalogue(inputs, unit[0] * weights[..., :1] + unit[1] * weights[..., 1:])
 
-    def _item_inputs(self, stream: Modality, features: ItemFeatures, ids: Tensor | None) -> Tensor:
-        rows = features.n_items + 1 if ids is None else len(ids)
-        vectors = self.missing[stream].expand(rows, -1)  # [n, D]
+    def _item_inputs(self, stream: Modality, features: ItemFeatures, ids: Tensor | slice | None) -> Tensor:
+        """[n, D]: projected features, or the learned vector where there are none, and the item's own vector."""
+        vectors = self.missing[stream]  # [D]
         if stream in features.vectors and stream in self.adapters:
-            raw, present = features.vectors[stream], features.present[stream]
-            if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero
-                present = present.index_fill(0, present.new_zeros(1, dtype=torch.long), True)
-            raw, present = (raw, present) if ids is None else (raw[ids], present[ids])
+            raw, present = features.rows(stream, ids)  # [n, F], [n]
+            if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero, as ours are
+                present = present | (features.numbers(ids, raw.device) == 0)
             vectors = torch.where(present[:, None], self.adapters[stream](raw), vectors)
-        if stream not in self.ids:
-            return vectors
-        table = self.ids[stream]
-        return vectors + (table if ids is None else F.embedding(ids, table))
+        if stream in self.ids:
+            return vectors + rows_of(self.ids[stream], ids)
+        return vectors.expand(len(features.numbers(ids)), -1)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         """User vectors [B, D] in the batch's order; the batch's items are rows of the catalogue."""
-        return torch.cat([self._group(group, catalogue) for group in batch.groups])
-
-    def _group(self, group: Group, catalogue: Catalogue) -> Tensor:
-        embedded = (F.embedding(group.items, table) for table in catalogue.inputs.values())  # [b, L, D]
+        embedded = (F.embedding(batch.items, table) for table in catalogue.inputs.values())  # [W, Q, D]
         names = self.config.streams
         streams = [self.input_norm[name](self.dropout(x)) for name, x in zip(names, embedded, strict=True)]
         taus = None
         if self.time_input is not None:
-            if group.gap_seconds is None:
+            if batch.gap_seconds is None:
                 raise ValueError("the model reads time gaps and the domain has no timestamps; set model.time=false.")
-            taus = [self.time_input(group.gap_seconds.to(streams[0].dtype), group.timed) for _ in names]
+            taus = [self.time_input(batch.gap_seconds.to(streams[0].dtype), batch.timed) for _ in names]
         for layer in self.layers:
-            streams, taus = layer(streams, taus)
-        rows = torch.arange(len(group.lengths), device=group.lengths.device)
-        return streams[-1][rows, group.lengths - 1]  # [b, D]
-
-    def scores(self, users: Tensor, catalogue: Catalogue) -> Tensor:
-        """Logits [B, n] of every row of the catalogue for every user."""
-        return users @ catalogue.candidates.T / self.config.temperature
+            streams, taus = layer(streams, taus, batch.packing, at_last=layer is self.layers[-1])
+        return streams[-1]

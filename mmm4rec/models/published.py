@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmm4rec.data.batches import Batch, Group, TimeView
+from mmm4rec.data.batches import Batch, TimeView, pack
 from mmm4rec.data.features import ItemFeatures, Modality
 from mmm4rec.errors import BadInput
 from mmm4rec.models.blocks import Activation
@@ -117,10 +117,18 @@ def published_scores(model: MMM4Rec, items: Tensor, lengths: Tensor, timestamps:
     if model.features is None:
         raise BadInput("the model carries no features to score with.", remedy="Give from_published its `features`.")
     weight = next(model.parameters())
-    quirks, ids, sizes = model.config.quirks, torch.as_tensor(items), np.asarray(lengths)
+    quirks, ids, sizes = model.config.quirks, np.asarray(items), np.asarray(lengths)
     gaps, timed = TimeView(quirks.label_time, quirks.zero_stamps).gaps(np.asarray(timestamps), sizes)
-    group = Group(ids, torch.as_tensor(lengths), torch.from_numpy(gaps).to(weight.dtype), torch.from_numpy(timed))
-    batch = Batch((group,), torch.zeros(len(ids), dtype=torch.long), np.arange(len(ids)), sizes).to(weight.device)
+    windows, packing = pack(ids[np.arange(ids.shape[1]) < sizes[:, None]], sizes)
+    batch = Batch(
+        items=windows,
+        packing=packing,
+        gap_seconds=torch.from_numpy(gaps).to(weight.dtype),
+        timed=torch.from_numpy(timed),
+        targets=torch.zeros(len(ids), dtype=torch.long),
+        users=np.arange(len(ids)),
+        ends=sizes,
+    ).to(weight.device)
     catalogue = model.items(model.features.to(weight.device, weight.dtype))
     users = model.users(batch, catalogue)
     return users, model.scores(users, catalogue)

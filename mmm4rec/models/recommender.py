@@ -6,8 +6,11 @@ Dimensions: B users, n rows of a catalogue, D width of a vector.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures
@@ -24,8 +27,10 @@ class Catalogue:
 class Recommender(nn.Module):
     """A model that fit() trains and evaluate() ranks with."""
 
-    def items(self, features: ItemFeatures, ids: Tensor | None = None) -> Catalogue:
-        """The vectors of all items 0..I, or of those in `ids` [n]."""
+    temperature = 1.0  # what the products of users and items are divided by
+
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        """The vectors of all items 0..I, or of those in `ids`: [n], or a range of rows."""
         raise NotImplementedError
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
@@ -34,4 +39,30 @@ class Recommender(nn.Module):
 
     def scores(self, users: Tensor, catalogue: Catalogue) -> Tensor:
         """Logits [B, n] of every row of the catalogue for every user."""
-        return users @ catalogue.candidates.T
+        return users @ catalogue.candidates.T / self.temperature
+
+
+def rows_of(table: Tensor, ids: Tensor | slice | None) -> Tensor:
+    """Rows of a parameter that has a row an item: [n, ...]."""
+    if isinstance(ids, slice):
+        return _Range.apply(table, ids)
+    return table if ids is None else F.embedding(ids, table)
+
+
+class _Range(torch.autograd.Function):
+    """A range of a parameter's rows, whose gradient is added to `parameter.grad` in place.
+
+    Autograd's own gradient of a range is an array as large as the whole table, once for every block of a large catalogue.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: slice) -> Tensor:
+        ctx.table, ctx.rows = table, rows
+        return table[rows]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        if ctx.table.grad is None:
+            ctx.table.grad = torch.zeros_like(ctx.table)
+        ctx.table.grad[ctx.rows] += gradients[0]
+        return None, None

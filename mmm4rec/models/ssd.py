@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmm4rec.data.batches import Packing
+
 Implementation = Literal["auto", "recurrence", "quadratic", "chunked", "triton"]
 
 # Measured by `python studies/scan_cost.py --constants` (one thread of an AMD EPYC, results/scan_cost/): at 128 positions
@@ -39,15 +41,21 @@ KERNEL_DEVICE = "cuda"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def scan(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, *, implementation: Implementation = "auto") -> Tensor:
+def scan(
+    x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor | None = None, *, implementation: Implementation = "auto"
+) -> Tensor:
     """The scan. x [b, L, H, P], delta [b, L, H] >= 0, a [H] < 0, B and C [b, L, G, N] -> y [b, L, H, P].
 
-    `auto` is what `choose` names. Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
+    positions [b, L] int: each position's place in its own history (`Packing`); a history reads no other. None: a row is
+    one history. Where it is -1 nothing stands, and y means nothing. `auto` is what `choose` names.
+    Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
     """
     name = choose(x.shape[1], x.device, x.dtype) if implementation == "auto" else implementation
     if name not in _FUNCTIONS:
         raise ValueError(f"implementation is {name!r}; the rule: one of {', '.join(get_args(Implementation))}")
-    return _FUNCTIONS[name](x, delta, a, B, C)
+    if positions is None:
+        positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return _FUNCTIONS[name](x, delta, a, B, C, positions)
 
 
 def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Implementation:
@@ -57,13 +65,14 @@ def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32
     return "quadratic" if length <= QUADRATIC_UP_TO else "chunked"
 
 
-def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The scan step by step. x [b, L, H, P], delta [b, L, H], a [H], B and C [b, L, G, N] -> [b, L, H, P]."""
+def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+    """The scan step by step. Shapes as in `scan`."""
     heads_per_group = x.shape[2] // B.shape[2]
     B, C = B.repeat_interleave(heads_per_group, dim=2), C.repeat_interleave(heads_per_group, dim=2)  # [b, L, H, N]
     state = x.new_zeros(*x.shape[:1], *x.shape[2:], B.shape[-1])  # [b, H, P, N]
     outputs = []
-    for x_t, delta_t, B_t, C_t in zip(*(part.unbind(1) for part in (x, delta, B, C)), strict=True):
+    for x_t, delta_t, B_t, C_t, position in zip(*(part.unbind(1) for part in (x, delta, B, C, positions)), strict=True):
+        state = torch.where((position > 0)[:, None, None, None], state, 0.0)  # a new history starts with an empty state
         decay = torch.exp(delta_t * a)[..., None, None]  # [b, H, 1, 1]
         inflow = (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None, :]  # [b, H, P, N]
         state = decay * state + inflow
@@ -71,34 +80,49 @@ def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Ten
     return torch.stack(outputs, dim=1)
 
 
-def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The dual form; cost and memory grow with L squared. Shapes as in `recurrence`."""
+def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+    """The dual form; cost and memory grow with L squared. Shapes as in `scan`."""
     b, L, H = delta.shape
-    G = B.shape[2]
-    log_decay = torch.cumsum(delta * a, dim=1).transpose(1, 2)  # [b, H, L]
-    between = log_decay[..., :, None] - log_decay[..., None, :]  # [b, H, L, L], to row i from column j
-    future = torch.ones(L, L, dtype=torch.bool, device=x.device).triu(1)
-    decay = torch.exp(between.masked_fill(future, -torch.inf))
-    affinity = torch.einsum("blgn,bsgn->bgls", C, B)  # [b, G, L, L]
-    weights = decay.view(b, G, H // G, L, L) * affinity[:, :, None]  # [b, G, H/G, L, L]
-    return torch.einsum("bhls,bshp->blhp", weights.view(b, H, L, L), x * delta[..., None])
+    G, N = B.shape[2:]
+    decay = _decay_between(_log_decay(delta, a).transpose(1, 2), positions, delta.dtype)  # [b, H, L, L]
+    B, C = (part.transpose(1, 2).reshape(b * G, L, N) for part in (B, C))
+    affinity = torch.bmm(C, B.transpose(1, 2))  # [b * G, L, L], to row l from column s
+    weights = (decay.view(b, G, H // G, L, L) * affinity.view(b, G, 1, L, L)).view(b * H, L, L)
+    inflow = (x * delta[..., None]).transpose(1, 2).reshape(b * H, L, -1)  # [b * H, L, P]
+    return torch.bmm(weights.to(inflow.dtype), inflow).view(b, H, L, -1).transpose(1, 2)
 
 
-def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, *, chunk: int | None = None) -> Tensor:
+def _log_decay(delta: Tensor, a: Tensor) -> Tensor:
+    """Sums of delta * a up to each position, in float64: their differences are small beside them. [b, L, H]."""
+    return torch.cumsum((delta * a).double(), dim=1)
+
+
+def _decay_between(log_decay: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """The decay to row t from column s, 0 where s is later or of another history: [b, H, L] and [b, L] -> [b, H, L, L]."""
+    place = torch.arange(positions.shape[1], device=positions.device)
+    first = (place - positions)[:, :, None]  # [b, L, 1] where the history of row t starts
+    past = (place >= first) & (place <= place[:, None])  # [b, L, L]
+    between = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtype)  # [b, H, L, L]
+    return torch.exp(between.masked_fill(~past[:, None], -torch.inf))
+
+
+def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor, *, chunk: int | None = None) -> Tensor:
     """Linear in L: `quadratic` inside chunks of at most `chunk` (default `CHUNK`) positions, states between them.
 
-    Shapes as in `recurrence`. The K chunks are as equal as they can be: the last is filled up with fewer than K
-    positions of step 0 and input 0, which leave the state as it is and whose outputs are cut off.
+    Shapes as in `scan`. The K chunks are as equal as they can be: the last is filled up with fewer than K
+    positions where nothing stands and whose outputs are cut off.
     """
     b, L = x.shape[:2]
     K = math.ceil(L / (CHUNK if chunk is None else chunk))
     Q = math.ceil(L / K)
     x, delta, B, C = (_split(part, K, Q) for part in (x, delta, B, C))  # [b, K, Q, ...]
-    y = quadratic(x.flatten(0, 1), delta.flatten(0, 1), a, B.flatten(0, 1), C.flatten(0, 1)).unflatten(0, (b, K))  # [b, K, Q, H, P]
+    positions = F.pad(positions, (0, K * Q - L), value=-1).unflatten(1, (K, Q))
+    y = quadratic(*(part.flatten(0, 1) for part in (x, delta)), a, *(part.flatten(0, 1) for part in (B, C, positions))).unflatten(0, (b, K))
     if K > 1:
-        log_decay = torch.cumsum(delta * a, dim=2)  # [b, K, Q, H], from the chunk's start to the end of each position
-        entering = _entering_states(x, delta, log_decay, B)  # [b, K - 1, H, P, N]
-        read = _read(entering, log_decay[:, 1:], C[:, 1:])  # [b, K - 1, Q, H, P]
+        log_decay = _log_decay(delta.flatten(0, 1), a).unflatten(0, (b, K))  # [b, K, Q, H], from the chunk's start on
+        entering = _entering_states(x, delta, log_decay, B, positions)  # [b, K - 1, H, P, N]
+        began_before = positions > torch.arange(Q, device=positions.device)  # [b, K, Q]: reads what entered the chunk
+        read = _read(entering, log_decay[:, 1:], C[:, 1:], began_before[:, 1:])  # [b, K - 1, Q, H, P]
         y = torch.cat((y[:, :1], y[:, 1:] + read.to(y.dtype)), dim=1)  # no state enters the first; autocast's dtype as quadratic's
     return y.flatten(1, 2)[:, :L]
 
@@ -111,30 +135,52 @@ def _split(part: Tensor, K: int, Q: int) -> Tensor:
     return part.unflatten(1, (K, Q))
 
 
-def _entering_states(x: Tensor, delta: Tensor, log_decay: Tensor, B: Tensor) -> Tensor:
-    """The states at the start of every chunk but the first, [b, K - 1, H, P, N]. Arguments over all K chunks."""
-    x, delta, log_decay, B = (part[:, :-1] for part in (x, delta, log_decay, B))  # nobody reads what the last chunk writes
-    G, H = B.shape[3], x.shape[3]
+def _entering_states(x: Tensor, delta: Tensor, log_decay: Tensor, B: Tensor, positions: Tensor) -> Tensor:
+    """The states at the start of every chunk but the first, [b, K - 1, H, P, N]. Arguments over all K chunks.
+
+    A state is of the history that crosses the chunk's end: its positions alone write, and only where it began before the
+    chunk does what had entered live on.
+    """
+    x, delta, log_decay, B, positions = (part[:, :-1] for part in (x, delta, log_decay, B, positions))  # nobody reads the last chunk's
+    G, H, Q = B.shape[3], x.shape[3], x.shape[2]
     total = log_decay[:, :, -1]  # [b, K - 1, H], over a whole chunk
-    to_end = torch.exp(total[:, :, None] - log_decay)  # [b, K - 1, Q, H], from each position to its chunk's end
+    place = torch.arange(Q, device=x.device)
+    first = Q - 1 - positions[:, :, -1:]  # [b, K - 1, 1] where the history at the chunk's end starts; negative: before the chunk
+    writes = (place >= first)[..., None]  # [b, K - 1, Q, 1]
+    to_end = torch.exp((total[:, :, None] - log_decay).masked_fill(~writes, -torch.inf)).to(delta.dtype)  # [b, K - 1, Q, H]
     inflow = (x * (delta * to_end)[..., None]).unflatten(3, (G, H // G))  # [b, K - 1, Q, G, R, P]
     written = torch.einsum("bksgrp,bksgn->bkgrpn", inflow, B).flatten(2, 3)  # [b, K - 1, H, P, N]
-    decay = torch.exp(total)[..., None, None]  # [b, K - 1, H, 1, 1]
+    decay = torch.exp(total.masked_fill(first >= 0, -torch.inf)).to(delta.dtype)[..., None, None]  # [b, K - 1, H, 1, 1]
     states: list[Tensor] = []
     for decay_k, written_k in zip(decay.unbind(1), written.unbind(1), strict=True):
         states.append(decay_k * states[-1] + written_k if states else written_k)
     return torch.stack(states, dim=1)
 
 
-def _read(entering: Tensor, log_decay: Tensor, C: Tensor) -> Tensor:
+def _read(entering: Tensor, log_decay: Tensor, C: Tensor, began_before: Tensor) -> Tensor:
     """What the positions of a chunk read from the state [b, K, H, P, N] that entered it: [b, K, Q, H, P]."""
     G, H = C.shape[3], entering.shape[2]
     read = torch.einsum("bklgn,bkgrpn->bklgrp", C, entering.unflatten(2, (G, H // G))).flatten(3, 4)  # [b, K, Q, H, P]
-    return torch.exp(log_decay)[..., None] * read
+    decay = torch.exp(log_decay.masked_fill(~began_before[..., None], -torch.inf)).to(read.dtype)
+    return decay[..., None] * read
 
 
-def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """The scan by the GPU kernel of mamba-ssm. Shapes as in `recurrence`; RuntimeError where it cannot run.
+def scan_at_last(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, packing: Packing) -> Tensor:
+    """The scan's outputs at the end of each history alone: linear in the length, whatever it is.
+
+    x [W, Q, H, P], delta [W, Q, H], a [H] and B [W, Q, G, N] over the windows, C [B, G, N] at the ends -> y [B, H, P].
+    """
+    E = packing.examples
+    total = _log_decay(delta, a)  # [W, Q, H]
+    remaining = packing.at_last(total)[E] - total  # from each position to the end of its history
+    decay = torch.exp(remaining.to(delta.dtype).masked_fill((packing.positions < 0)[..., None], -torch.inf))  # [W, Q, H]
+    affinity = (B * C[E]).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [W, Q, H]
+    written = x * (delta * decay * affinity)[..., None]  # [W, Q, H, P]
+    return written.new_zeros(len(C), *x.shape[2:]).index_add(0, E.flatten(), written.flatten(0, 1))
+
+
+def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+    """The scan by the GPU kernel of mamba-ssm. Shapes as in `scan`; RuntimeError where it cannot run.
 
     The kernel sums in float32 whatever comes in, and may multiply float32 as TF32: expect three digits, not seven.
     """
@@ -142,7 +188,8 @@ def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
     kernel = _kernel()
     if problem or kernel is None:
         raise RuntimeError(f"scan(implementation='triton') {problem}, or use implementation='auto'")
-    return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK)
+    history = torch.cumsum(positions <= 0, dim=1, dtype=torch.int32)  # [b, L], another number for another history
+    return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK, seq_idx=history)
 
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:

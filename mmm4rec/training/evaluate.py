@@ -1,16 +1,24 @@
-"""Full-ranking evaluation of a model on a split."""
+"""Full ranking: users and catalogue encoded once, their scores block by block.
+
+Dimensions: U examples, I items, n items of a block, r examples whose scores are computed at once, D width.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from mmm4rec.data.batches import DomainData, in_order
-from mmm4rec.models.recommender import Recommender
+from mmm4rec.data.batches import Batch, DomainData, in_order
+from mmm4rec.models.recommender import Catalogue, Recommender
 from mmm4rec.training import distributed
-from mmm4rec.training.metrics import ranks
+from mmm4rec.training.losses import row_blocks
+from mmm4rec.training.metrics import outranked
 
 EVALUATION_BATCH = 1024
+OWN_TIE = 0.5  # a target equals itself: 1 + above + (equal - 1) / 2
 
 
 @torch.inference_mode()
@@ -21,21 +29,60 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
     otherwise; a target that was seen before then ties with all that is masked. Each worker ranks its share.
     Raises FloatingPointError when a score is not finite: a NaN is beaten by none and would rank first.
     """
+    mine = slice(distributed.rank(), None, distributed.world_size())
     was_training = model.training
     model.eval()
-    mine = slice(distributed.rank(), None, distributed.world_size())
-    order = np.argsort(ends[mine], kind="stable")  # examples of similar length share a batch
-    share_users, share_ends = users[mine][order], ends[mine][order]
-    catalogue = model.items(data.features)
-    parts = []
-    for block_users, block_ends in in_order(share_users, share_ends, EVALUATION_BATCH):
-        batch = data.batch(block_users, block_ends).to(device)
-        scores = model.scores(model.users(batch, catalogue), catalogue)
-        if not torch.isfinite(scores).all():
-            raise FloatingPointError(f"the model's scores on domain '{data.domain.name}' are not finite: its training diverged")
-        data.mask(scores, batch)
-        parts.append(ranks(scores, batch.targets).cpu().numpy())
-    found = np.empty(len(order))
-    found[order] = np.concatenate(parts) if parts else np.empty(0)
+    rank = _ranks(model, data, users[mine], ends[mine], device) if len(users[mine]) else np.empty(0)
     model.train(was_training)
-    return distributed.gather_ordered(found, len(users))
+    return distributed.gather_ordered(rank, len(users))
+
+
+def _ranks(model: Recommender, data: DomainData, users: np.ndarray, ends: np.ndarray, device: torch.device) -> np.ndarray:
+    ranking = Ranking(model, data, device)
+    batches = (data.batch(*block) for block in in_order(users, ends, EVALUATION_BATCH))
+    encoded = torch.cat([ranking.encode(batch) for batch in batches])  # [U, D]
+    targets = data.domain.items[data.domain.offsets[users] + ends].astype(np.int64)
+    items = torch.from_numpy(targets).to(device)[:, None]  # [U, 1]
+    target, rank = encoded.new_empty(len(users), 1), torch.full((len(users),), OWN_TIE, dtype=torch.float64, device=device)
+    for passes_left in (1, 0) if len(ranking.blocks) > 1 else (0,):  # a target's score is known when its block has passed
+        for first, rows, scores in ranking.scores(encoded, users, ends):
+            own = items[rows] - first
+            here = (own >= 0) & (own < scores.shape[1])
+            target[rows] = torch.where(here, scores.gather(1, own.where(here, 0)), target[rows])
+            if not passes_left:
+                rank[rows] += outranked(scores, target[rows])
+    return rank.cpu().numpy()
+
+
+class Ranking:
+    """A model's scores of a domain's items, block by block; a catalogue of one block is computed once."""
+
+    def __init__(self, model: Recommender, data: DomainData, device: torch.device) -> None:
+        self.model, self.data, self.device = model, data, device
+        self.blocks = data.features.blocks()
+        self.catalogue = model.items(data.features) if data.features.one_block else None
+
+    def encode(self, batch: Batch) -> Tensor:
+        """The users of a batch, [B, D]."""
+        if self.catalogue is not None:
+            return self.model.users(batch.to(self.device), self.catalogue)
+        ids, batch = batch.compact()
+        return self.model.users(batch.to(self.device), self.model.items(self.data.features, ids.to(self.device)))
+
+    def scores(self, encoded: Tensor, users: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, slice, Tensor]]:
+        """The first item of a block, a range of the encoded examples [U, D], and their scores of the block [r, n], seen items masked.
+
+        The same scores to the last digit in every call. Raises FloatingPointError when one is not finite.
+        """
+        for block in self.blocks:
+            if self.catalogue is None:
+                items = self.model.items(self.data.features, block)
+            else:
+                items = Catalogue({}, self.catalogue.candidates[block])
+            for rows in row_blocks(len(encoded), len(items.candidates), self.device):
+                scores = self.model.scores(encoded[rows], items)
+                if not torch.isfinite(scores.sum()):
+                    name = self.data.domain.name
+                    raise FloatingPointError(f"the model's scores on domain '{name}' are not finite: its training diverged")
+                self.data.mask(scores, users[rows], ends[rows], block.start)
+                yield block.start, rows, scores

@@ -21,8 +21,8 @@ from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.evaluate import evaluate
-from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
 from mmm4rec.training.metrics import METRIC_NAMES, mean_metrics
+from mmm4rec.training.step import add_gradient
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainingConfig:
     examples, and the coupled weight decay is 1/8 of the published 5e-3, which keeps their balance.
     """
 
-    loss: Literal["full", "in_batch"] = "full"
+    loss: Literal["full", "in_batch", "sampled"] = "full"  # cross-entropy over all items, the batch's targets, or a sample of items
     epochs: int = 100
     batch_size: int = 1024
     accumulation: int = 8  # micro-batches an optimizer step
@@ -41,10 +41,13 @@ class TrainingConfig:
     weight_decay: float = 6.25e-4
     patience: int = 10  # epochs without a better validation score before the run stops
     valid_metric: str = "ndcg@10"
+    negatives: int = 8192  # with `sampled`: draws a micro-batch, with replacement
+    negative_power: float = 0.0  # with `sampled`: how the chance of an item grows with its count as a target; 0: all alike
     report_untrained: bool = False  # an epoch-0 report before the first step
 
     def __post_init__(self) -> None:
-        for name, lowest in {"epochs": 0, "batch_size": 1, "accumulation": 1, "learning_rate": 0, "weight_decay": 0, "patience": 1}.items():
+        lowests = {"epochs": 0, "batch_size": 1, "accumulation": 1, "learning_rate": 0, "weight_decay": 0, "patience": 1}
+        for name, lowest in {**lowests, "negatives": 1, "negative_power": 0}.items():
             if not getattr(self, name) >= lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
         if self.valid_metric not in METRIC_NAMES:
@@ -127,51 +130,14 @@ def _train_epoch(run: Run, epoch: int) -> float:
 
 
 def _optimizer_step(run: Run, plans: Sequence[Plan]) -> float:
-    """One step on the mean gradient over the examples of these micro-batches; returns their summed loss.
-
-    With the quirk `summed_accumulation`: on the sum of the micro-batches' mean gradients.
-    """
+    """One step on the mean gradient over the examples of these micro-batches; returns their summed loss."""
     assert run.optimizer is not None
-    torch.manual_seed((run.seed * 1_000_003 + run.state.optimizer_steps) * 1_009 + distributed.rank())
     run.optimizer.zero_grad()
-    examples = sum(len(plan.users) for plan in plans)
-    summed_loss = 0.0
-    for plan in plans:
-        loss = _summed_loss(run, plan)
-        if loss is not None:
-            (loss / (len(plan.users) if run.quirks.summed_accumulation else examples)).backward()
-            summed_loss += float(loss.detach())
+    loss = add_gradient(run, plans)
     distributed.sum_gradients(run.model.parameters())
     run.optimizer.step()
     run.state.optimizer_steps += 1
-    return distributed.sum_number(summed_loss)
-
-
-def _summed_loss(run: Run, plan: Plan) -> Tensor | None:
-    """The loss of this worker's share of a micro-batch, summed over its examples; None when the share is empty.
-
-    In-batch candidates are the targets of all workers' shares: each worker knows them from the plan and
-    computes their vectors itself, so that any number of workers gives the gradient of one.
-    """
-    data, model = run.data[plan.domain], run.model
-    mine = slice(distributed.rank(), None, distributed.world_size())
-    if len(plan.users[mine]) == 0:
-        return None
-    batch = data.batch(plan.users[mine], plan.ends[mine])
-    if run.config.loss == "full":
-        batch = batch.to(run.device)
-        catalogue = model.items(data.features)
-        scores = model.scores(model.users(batch, catalogue), catalogue)
-        return full_cross_entropy(scores, batch.targets, padding_class=run.quirks.padding_class)
-    targets = data.domain.items[data.domain.offsets[plan.users] + plan.ends]
-    candidates, counts = np.unique(targets.astype(np.int64), return_counts=True)
-    columns = torch.from_numpy(np.searchsorted(candidates, batch.targets.numpy())).to(run.device)
-    ids, batch = batch.compact()
-    catalogue = model.items(data.features, ids.to(run.device))
-    users = model.users(batch.to(run.device), catalogue)
-    scores = model.scores(users, model.items(data.features, torch.from_numpy(candidates).to(run.device)))
-    weights = torch.from_numpy(counts).to(run.device)
-    return in_batch_cross_entropy(scores, columns, weights, duplicate_negatives=run.quirks.duplicate_negatives)
+    return distributed.sum_number(loss)
 
 
 def _close_epoch(run: Run, *, epoch: int, loss: float | None, train_seconds: float) -> EpochReport:

@@ -11,13 +11,10 @@ from torch import Tensor
 CUTOFFS = (10, 20, 50)
 
 
-def ranks(scores: Tensor, targets: Tensor) -> Tensor:
-    """Ranks [B] of the targets among items 1..I. scores [B, I + 1], column 0 is padding and never ranked."""
-    candidates = scores[:, 1:]
-    target = scores.gather(1, targets[:, None])  # [B, 1]
-    higher = (candidates > target).sum(1)
-    ties = (candidates == target).sum(1) - 1
-    return 1 + higher + ties.to(torch.float64) / 2
+def outranked(scores: Tensor, target: Tensor) -> Tensor:
+    """What candidates add to a target's rank, [B]: those above it and half of its equals. scores [B, n], target [B, 1] its score."""
+    above, equal = (torch.count_nonzero(compare(scores, target), dim=1) for compare in (torch.gt, torch.eq))
+    return above + equal.double() / 2
 
 
 def metrics(rank: np.ndarray) -> dict[str, float]:

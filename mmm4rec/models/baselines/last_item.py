@@ -14,11 +14,11 @@ from mmm4rec.models.recommender import Catalogue, Recommender
 class LastItem(Recommender):
     """Scores an item by its cosine with the user's last item in each modality."""
 
-    def items(self, features: ItemFeatures, ids: Tensor | None = None) -> Catalogue:
-        unit = [F.normalize(vectors if ids is None else vectors[ids], dim=-1) for vectors in features.vectors.values()]
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        tables = (features.rows(modality, ids) for modality in features.vectors)
+        unit = [F.normalize(vectors * present[:, None], dim=-1) for vectors, present in tables]
         joined = torch.cat(unit, dim=-1)  # [n, sum of F]
         return Catalogue({"last": joined}, joined)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
-        last = [group.items.gather(1, group.lengths[:, None] - 1)[:, 0] for group in batch.groups]
-        return catalogue.inputs["last"][torch.cat(last)]
+        return catalogue.inputs["last"][batch.packing.at_last(batch.items)]

@@ -23,7 +23,7 @@ class Popularity(Recommender):
         counts = np.bincount(domain.items[is_training], minlength=domain.n_items + 1)
         self.register_buffer("counts", torch.from_numpy(counts.astype(np.float32))[:, None])  # [I + 1, 1]
 
-    def items(self, features: ItemFeatures, ids: Tensor | None = None) -> Catalogue:
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         counts = self.get_buffer("counts")
         return Catalogue({}, counts if ids is None else counts[ids])
 
