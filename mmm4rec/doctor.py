@@ -50,7 +50,7 @@ def kernel_problem(device: torch.device) -> str | None:
         return "this torch sees no CUDA device"
     x, delta, a = torch.ones(1, 64, 2, 16, device=device), torch.ones(1, 64, 2, device=device), -torch.ones(2, device=device)
     try:
-        ssd.triton(x, delta, a, x, x)
+        ssd.scan(x, delta, a, x, x, implementation="triton")
     except Exception as error:  # whatever stops the compiler, the driver or the package: it is the answer
         return str(error) or type(error).__name__
     return None

@@ -161,11 +161,8 @@ def pack(items: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Packing]:
     windows[places] = items
     positions[places] = places - np.repeat(starts, lengths)
     examples[places] = np.repeat(np.arange(len(lengths)), lengths)
-    shaped = (torch.from_numpy(part.reshape(W, Q)) for part in (windows, positions, examples))
-    items_in_windows, *where = shaped
-    return items_in_windows, Packing(
-        *where, last=torch.from_numpy(starts + lengths - 1), lengths=torch.from_numpy(lengths.astype(np.int64))
-    )
+    in_windows, where, whose = (torch.from_numpy(part.reshape(W, Q)) for part in (windows, positions, examples))
+    return in_windows, Packing(where, whose, torch.from_numpy(starts + lengths - 1), torch.from_numpy(lengths.astype(np.int64)))
 
 
 def fit_into_windows(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]:

@@ -160,13 +160,14 @@ class ItemFeatures:
         return torch.arange(*(ids or slice(None)).indices(self.n_items + 1), device=device)
 
     def rows(self, modality: Modality, ids: Tensor | slice | None) -> tuple[Tensor, Tensor]:
-        """Vectors [n, F] and presence [n] of these items; half precision comes as float32. An absent item's vector means nothing."""
+        """Vectors [n, F], 0 where absent, and presence [n] of these items; half precision comes as float32."""
         table, present = self.vectors[modality], self.present[modality]
         chosen = slice(None) if ids is None else ids
         if len(table) == self.n_items + 1:
-            rows = table[chosen]
-        else:
-            rows = table[(self.numbers(ids, table.device) - 1).clamp(min=0)]
+            return table[chosen], present[chosen]
+        numbers = self.numbers(ids, table.device)
+        rows = table[(numbers - 1).clamp(min=0)]
+        rows[numbers == 0] = 0  # the row before the first stands for padding
         return rows.float() if rows.dtype == torch.float16 else rows, present[chosen]
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> ItemFeatures:

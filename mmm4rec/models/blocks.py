@@ -12,7 +12,9 @@ they need.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Packing
+from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.ssd import Implementation, scan, scan_at_last
 
 TimeStep = Literal["shift", "scale"]
@@ -90,7 +93,8 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, *taps)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         for block in _blocks(x):
-            y[block] = ACTIVATIONS[activation](_convolve(x[block], taps[0], taps[1], taps[2][block]))
+            _convolve(x[block], taps[0], taps[1], taps[2][block], out=y[block])
+            ACTIVATIONS[activation](y[block], inplace=True)
         return y
 
     @staticmethod
@@ -99,7 +103,7 @@ class _CausalConv(torch.autograd.Function):
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
         for block in _blocks(x):
-            z = _convolve(x[block], weight, bias, exists[block])
+            z = _convolve(x[block], weight, bias, exists[block], out=torch.empty_like(dx[block]))
             dz = DERIVATIVES[ctx.activation](dy[block], z)  # [w, Q, c]
             torch.mul(dz, weight[0], out=dx[block])
             dbias += dz.sum((0, 1))
@@ -117,12 +121,12 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, len(x), step)]
 
 
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, exists: Tensor) -> Tensor:
-    """x [w, Q, c], weight [K, c] latest first, bias [c], exists [w, Q, K] -> [w, Q, c]."""
-    y = torch.addcmul(bias, x, weight[0])
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor, exists: Tensor, *, out: Tensor) -> Tensor:
+    """x [w, Q, c], weight [K, c] latest first, bias [c], exists [w, Q, K] -> [w, Q, c], before the activation."""
+    torch.addcmul(bias, x, weight[0], out=out)
     for back in range(1, min(len(weight), x.shape[1])):
-        y[:, back:].addcmul_(x[:, :-back] * exists[:, back:, back, None], weight[back])
-    return y
+        out[:, back:].addcmul_(x[:, :-back] * exists[:, back:, back, None], weight[back])
+    return out
 
 
 class TimeShift(nn.Module):
@@ -146,7 +150,7 @@ class TimeScale(nn.Module):
     def __init__(self, config: SSDConfig, activation: Activation = "silu") -> None:
         super().__init__()
         T, H, K = config.max_len, config.heads, config.conv_width
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.first, self.second = nn.Linear(T, T), nn.Linear(T, T)
         self.conv_first, self.conv_second = CausalConv(H, K, activation), CausalConv(H, K, activation)
 
@@ -199,51 +203,50 @@ class TimeSSD(nn.Module):
         super().__init__()
         self.config = config
         E, GN, T = config.inner, config.groups * config.state, config.max_len
-        self.sizes = (E, E + GN, GN, config.heads)  # gate; x and B; C; step
+        self.sizes = (E, E, GN, GN, config.heads)  # gate, x, B, C, step
         self.proj = nn.Linear(config.width, sum(self.sizes))
-        self.conv = CausalConv(E + 2 * GN, config.conv_width, "silu")
+        self.conv = CausalConv(E + 2 * GN, config.conv_width, "silu")  # of x, B and C
         self.scan = Scan(config)
         if config.time_step == "shift":
             self.time_shift = TimeShift(config)
         elif config.time_step == "scale":
             self.time_scale = TimeScale(config)
-            self.time_dropout = nn.Dropout(config.dropout)
+            self.time_dropout = Dropout(config.dropout)
             self.time_gate = nn.Linear(T, 1 if config.time_gate == "head" else T)
             self.time_norm = nn.LayerNorm(T, eps=config.norm_eps)
 
     def forward(self, u: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> tuple[Tensor, Tensor | None]:
         """u [W, Q, D], tau [B, H, T] or None -> output [W, Q, D], or [B, D] `at_last`, and the next layer's tau."""
-        config = self.config
-        gate, xB, C, step = self._read_at_last(u, packing) if at_last else self._read(u, packing)
+        config, (E, _, GN, _, _) = self.config, self.sizes
+        gate, x, B, C, step = zip(self.proj.weight.split(self.sizes), self.proj.bias.split(self.sizes), strict=True)  # a part each: cheaper
+        read_from = packing.at_last(u) if at_last else u
+        delta = F.linear(u, *step)  # [W, Q, H]
         if tau is not None and config.time_step == "shift":
-            step, tau = self.time_shift(step, tau, packing)
+            delta, tau = self.time_shift(delta, tau, packing)
         elif tau is not None:
-            step, factor = self.time_scale(step, tau, packing)
+            delta, factor = self.time_scale(delta, tau, packing)
             keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [B, H, 1 or T]
             tau = self.time_norm(keep * tau + (1 - keep) * factor)
-        x, B = xB.split((config.inner, config.groups * config.state), dim=-1)
-        return self.scan(x, B, step, C, gate, packing, at_last=at_last), tau
-
-    def _read(self, u: Tensor, packing: Packing) -> tuple[Tensor, ...]:
-        """gate [W, Q, E], x and B [W, Q, E + G * N], C [W, Q, G * N], step [W, Q, H]."""
-        E, xB, C, H = self.sizes
-        gate, convolved, step = self.proj(u).split((E, xB + C, H), dim=-1)
-        return gate, *self.conv(convolved, packing.positions).split((xB, C), dim=-1), step
-
-    def _read_at_last(self, u: Tensor, packing: Packing) -> tuple[Tensor, ...]:
-        """The same with gate [B, E] and C [B, G * N]."""
-        E, xB, C, H = self.sizes
-        weights, biases = (part.split(self.sizes) for part in (self.proj.weight, self.proj.bias))
-        written = F.linear(u, torch.cat((weights[1], weights[3])), torch.cat((biases[1], biases[3])))
-        convolved, step = written.split((xB, H), dim=-1)
-        places, exists = packing.recent(self.config.conv_width)
-        recent = F.linear(u.flatten(0, 1)[places], weights[2], biases[2])  # [B, K, G * N]
-        return (
-            F.linear(packing.at_last(u), weights[0], biases[0]),
-            self.conv(convolved, packing.positions, slice(xB)),
-            self.conv.at_last(recent, exists, slice(xB, xB + C)),
-            step,
+        y = self.scan(
+            x=self.conv(F.linear(u, *x), packing.positions, slice(E)),
+            B=self.conv(F.linear(u, *B), packing.positions, slice(E, E + GN)),
+            step=delta,
+            C=read(self.conv, partial(F.linear, weight=C[0], bias=C[1]), u, packing, slice(E + GN, None), at_last=at_last),
+            gate=F.linear(read_from, *gate),
+            packing=packing,
+            at_last=at_last,
         )
+        return y, tau
+
+
+def read(
+    conv: CausalConv, project: Callable[[Tensor], Tensor], u: Tensor, packing: Packing, channels: slice = slice(None), *, at_last: bool
+) -> Tensor:
+    """The convolved projection of u [W, Q, D] at every position, [W, Q, c], or at the last ones alone, [B, c]."""
+    if not at_last:
+        return conv(project(u), packing.positions, channels)
+    places, exists = packing.recent(conv.weight.shape[1])
+    return conv.at_last(project(u.flatten(0, 1)[places]), exists, channels)
 
 
 class CrossSSD(nn.Module):
@@ -253,11 +256,11 @@ class CrossSSD(nn.Module):
         super().__init__()
         self.config = config
         D, E, GN, K = config.width, config.inner, config.groups * config.state, config.conv_width
-        self.sizes = (E + GN, config.heads)
+        self.sizes = (E, GN, config.heads)  # x, B, step
         self.context_proj = nn.Linear(D, sum(self.sizes))
         self.gate_proj = nn.Linear(D, E)
         self.query_proj = nn.Linear(D, GN)
-        self.context_conv = CausalConv(E + GN, K, config.cross_activation)
+        self.context_conv = CausalConv(E + GN, K, config.cross_activation)  # of x and B
         self.query_conv = CausalConv(GN, K, config.cross_activation)
         self.scan = Scan(config)
         if config.time_step == "shift":
@@ -267,19 +270,21 @@ class CrossSSD(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> Tensor:
         """query and context [W, Q, D], tau [B, H, T] or None -> [W, Q, D], or [B, D] `at_last`."""
-        config = self.config
-        xB, step = self.context_proj(context).split(self.sizes, dim=-1)
-        x, B = self.context_conv(xB, packing.positions).split((config.inner, config.groups * config.state), dim=-1)
+        config, E = self.config, self.config.inner
+        x, B, step = zip(self.context_proj.weight.split(self.sizes), self.context_proj.bias.split(self.sizes), strict=True)
+        delta = F.linear(context, *step)  # [W, Q, H]
         if tau is not None:
-            step, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(step, tau, packing)
-        if at_last:
-            places, exists = packing.recent(config.conv_width)
-            C = self.query_conv.at_last(self.query_proj(query.flatten(0, 1)[places]), exists)  # [B, G * N]
-            gate = self.gate_proj(packing.at_last(query) + packing.at_last(context))
-        else:
-            C = self.query_conv(self.query_proj(query), packing.positions)
-            gate = self.gate_proj(query + context)
-        return self.scan(x, B, step, C, gate, packing, at_last=at_last)
+            delta, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(delta, tau, packing)
+        both = packing.at_last(query) + packing.at_last(context) if at_last else query + context
+        return self.scan(
+            x=self.context_conv(F.linear(context, *x), packing.positions, slice(E)),
+            B=self.context_conv(F.linear(context, *B), packing.positions, slice(E, None)),
+            step=delta,
+            C=read(self.query_conv, self.query_proj, query, packing, at_last=at_last),
+            gate=self.gate_proj(both),
+            packing=packing,
+            at_last=at_last,
+        )
 
 
 class ComplexLinear(nn.Module):
@@ -319,7 +324,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, inner: int, dropout: float, norm_eps: float) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(width, inner), nn.Linear(inner, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:

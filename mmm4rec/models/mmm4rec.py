@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch, Packing
 from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
 from mmm4rec.models.blocks import Activation, CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD, TimeStep
+from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 from mmm4rec.models.ssd import Implementation
@@ -133,7 +134,7 @@ class TimeInput(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.encoding, self.heads = config.time_encoding, config.heads
-        self.gap_dropout = nn.Dropout(config.dropout if config.quirks.raw_gap_dropout else 0.0)
+        self.gap_dropout = Dropout(config.dropout if config.quirks.raw_gap_dropout else 0.0)
         self.norm = nn.LayerNorm(config.max_len, eps=config.norm_eps)
 
     def forward(self, gap_seconds: Tensor, timed: Tensor) -> Tensor:
@@ -165,7 +166,7 @@ class Layer(nn.Module):
         super().__init__()
         D, eps = config.width, config.norm_eps
         self.ssd = TimeSSD(config.ssd)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm = nn.ModuleDict({stream: nn.LayerNorm(D, eps=eps) for stream in config.streams})
         self.ffn = nn.ModuleDict({stream: FeedForward(D, config.ffn_width, config.dropout, eps) for stream in config.streams})
         both = config.modalities == "both"
@@ -229,7 +230,7 @@ class MMM4Rec(Recommender):
         fused = fusion_shape is not None and len(streams) == 2
         self.fusion = nn.Parameter(torch.zeros(fusion_shape)) if fused and fusion_shape else None
         self.input_norm = nn.ModuleDict({stream: nn.LayerNorm(D, eps=eps) for stream in streams})
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.time_input = TimeInput(config) if config.time else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self._initialise()
@@ -254,15 +255,16 @@ class MMM4Rec(Recommender):
 
     def _item_inputs(self, stream: Modality, features: ItemFeatures, ids: Tensor | slice | None) -> Tensor:
         """[n, D]: projected features, or the learned vector where there are none, and the item's own vector."""
-        vectors = self.missing[stream]  # [D]
         if stream in features.vectors and stream in self.adapters:
-            raw, present = features.rows(stream, ids)  # [n, F], [n]
-            if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero, as ours are
+            raw, present = features.rows(stream, ids)  # [n, F], 0 where absent, and [n]
+            if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero
                 present = present | (features.numbers(ids, raw.device) == 0)
-            vectors = torch.where(present[:, None], self.adapters[stream](raw), vectors)
-        if stream in self.ids:
-            return vectors + rows_of(self.ids[stream], ids)
-        return vectors.expand(len(features.numbers(ids)), -1)
+            adapter = self.adapters[stream]
+            known = torch.stack((present, ~present), dim=1).to(raw.dtype)  # [n, 2]
+            vectors = torch.addmm(known @ torch.stack((adapter.bias, self.missing[stream])), raw, adapter.weight.T)
+        else:
+            vectors = self.missing[stream].expand(len(features.numbers(ids)), -1)
+        return vectors + rows_of(self.ids[stream], ids) if stream in self.ids else vectors
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         """User vectors [B, D] in the batch's order; the batch's items are rows of the catalogue."""

@@ -84,7 +84,7 @@ def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positio
     """The dual form; cost and memory grow with L squared. Shapes as in `scan`."""
     b, L, H = delta.shape
     G, N = B.shape[2:]
-    decay = _decay_between(_log_decay(delta, a).transpose(1, 2), positions, delta.dtype)  # [b, H, L, L]
+    decay = _decay_between(_log_decay(delta, a, positions).transpose(1, 2), positions)  # [b, H, L, L]
     B, C = (part.transpose(1, 2).reshape(b * G, L, N) for part in (B, C))
     affinity = torch.bmm(C, B.transpose(1, 2))  # [b * G, L, L], to row l from column s
     weights = (decay.view(b, G, H // G, L, L) * affinity.view(b, G, 1, L, L)).view(b * H, L, L)
@@ -92,17 +92,25 @@ def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positio
     return torch.bmm(weights.to(inflow.dtype), inflow).view(b, H, L, -1).transpose(1, 2)
 
 
-def _log_decay(delta: Tensor, a: Tensor) -> Tensor:
-    """Sums of delta * a up to each position, in float64: their differences are small beside them. [b, L, H]."""
-    return torch.cumsum((delta * a).double(), dim=1)
+def _log_decay(delta: Tensor, a: Tensor, positions: Tensor) -> Tensor:
+    """Sums of delta * a from the start of each position's history, or of its row, up to the position: [b, L, H].
+
+    Summed in float64: the sums over a row are large beside those over one of its histories.
+    """
+    steps = (delta * a).double()
+    sums = torch.cumsum(steps, dim=1)
+    place = torch.arange(positions.shape[1], device=positions.device)
+    first = torch.where(positions < 0, place, (place - positions).clamp(min=0))  # [b, L] where the position's history starts
+    before = (sums - steps).gather(1, first[..., None].expand_as(sums))
+    return (sums - before).to(delta.dtype)
 
 
-def _decay_between(log_decay: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def _decay_between(log_decay: Tensor, positions: Tensor) -> Tensor:
     """The decay to row t from column s, 0 where s is later or of another history: [b, H, L] and [b, L] -> [b, H, L, L]."""
     place = torch.arange(positions.shape[1], device=positions.device)
     first = (place - positions)[:, :, None]  # [b, L, 1] where the history of row t starts
     past = (place >= first) & (place <= place[:, None])  # [b, L, L]
-    between = (log_decay[..., :, None] - log_decay[..., None, :]).to(dtype)  # [b, H, L, L]
+    between = log_decay[..., :, None] - log_decay[..., None, :]  # [b, H, L, L]
     return torch.exp(between.masked_fill(~past[:, None], -torch.inf))
 
 
@@ -119,7 +127,7 @@ def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions
     positions = F.pad(positions, (0, K * Q - L), value=-1).unflatten(1, (K, Q))
     y = quadratic(*(part.flatten(0, 1) for part in (x, delta)), a, *(part.flatten(0, 1) for part in (B, C, positions))).unflatten(0, (b, K))
     if K > 1:
-        log_decay = _log_decay(delta.flatten(0, 1), a).unflatten(0, (b, K))  # [b, K, Q, H], from the chunk's start on
+        log_decay = _log_decay(delta.flatten(0, 1), a, positions.flatten(0, 1)).unflatten(0, (b, K))  # [b, K, Q, H]
         entering = _entering_states(x, delta, log_decay, B, positions)  # [b, K - 1, H, P, N]
         began_before = positions > torch.arange(Q, device=positions.device)  # [b, K, Q]: reads what entered the chunk
         read = _read(entering, log_decay[:, 1:], C[:, 1:], began_before[:, 1:])  # [b, K - 1, Q, H, P]
@@ -171,9 +179,9 @@ def scan_at_last(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, pack
     x [W, Q, H, P], delta [W, Q, H], a [H] and B [W, Q, G, N] over the windows, C [B, G, N] at the ends -> y [B, H, P].
     """
     E = packing.examples
-    total = _log_decay(delta, a)  # [W, Q, H]
-    remaining = packing.at_last(total)[E] - total  # from each position to the end of its history
-    decay = torch.exp(remaining.to(delta.dtype).masked_fill((packing.positions < 0)[..., None], -torch.inf))  # [W, Q, H]
+    log_decay = _log_decay(delta, a, packing.positions)  # [W, Q, H]
+    remaining = packing.at_last(log_decay)[E] - log_decay  # from each position to the end of its history
+    decay = torch.exp(remaining.masked_fill((packing.positions < 0)[..., None], -torch.inf))  # [W, Q, H]
     affinity = (B * C[E]).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [W, Q, H]
     written = x * (delta * decay * affinity)[..., None]  # [W, Q, H, P]
     return written.new_zeros(len(C), *x.shape[2:]).index_add(0, E.flatten(), written.flatten(0, 1))

@@ -94,7 +94,7 @@ def add_gradient(run: Run, plans: Sequence[Plan]) -> float:
     micro-batches' means.
     """
     examples = sum(len(plan.users) for plan in plans)
-    loss, seed = torch.zeros((), device=run.device), _Seeds(run)
+    loss, seed = torch.zeros((), dtype=torch.float64, device=run.device), _Seeds(run)
     for number, data in enumerate(run.data):
         own = [plan for plan in plans if plan.domain == number]
         shares = [_share(plan, len(plan.users) if run.quirks.summed_accumulation else examples) for plan in own]
