@@ -51,6 +51,19 @@ class Packing:
         """x [W, Q, ...] -> [B, ...], at the end of each history."""
         return x.flatten(0, 1)[self.last]
 
+    @property
+    def to_end(self) -> Tensor:
+        """How many positions follow in its own history, [W, Q]; where none stands it means nothing."""
+        return self.lengths[self.examples] - 1 - self.positions
+
+    def at_tokens(self, x: Tensor) -> Tensor:
+        """x [B, ...] -> [W, Q, ...], an example's at all positions of its history."""
+        return x[self.examples]
+
+    def sum_up(self, x: Tensor) -> Tensor:
+        """x [W, Q, ...] -> [B, ...], summed over each history; where none stands x is 0."""
+        return x.new_zeros(len(self.last), *x.shape[2:]).index_add(0, self.examples.flatten(), x.flatten(0, 1))
+
     def recent(self, count: int) -> tuple[Tensor, Tensor]:
         """The ends of the histories: places [B, count] over all W * Q, latest first, and which of them exist [B, count]."""
         back = torch.arange(count, device=self.last.device)

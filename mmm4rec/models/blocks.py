@@ -12,7 +12,7 @@ they need.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Packing
+from mmm4rec.models.blockwise import blockwise
 from mmm4rec.models.dropout import Dropout
-from mmm4rec.models.ssd import Implementation, scan, scan_at_last
+from mmm4rec.models.ssd import Implementation, scan, summands_at_end
 
 TimeStep = Literal["shift", "scale"]
 Activation = Literal["silu", "hardswish"]
@@ -58,23 +59,24 @@ class SSDConfig:
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time that sees the K - 1 positions before, then an activation; zeros stand before the first."""
+    """Depthwise convolution over time that sees the K - 1 positions before; zeros stand before the first."""
 
-    def __init__(self, channels: int, kernel: int, activation: Activation) -> None:
+    def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(kernel)  # the default of torch's Conv1d with one input channel a group
         self.weight = nn.Parameter(torch.empty(channels, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
-        self.activation = activation
 
-    def forward(self, x: Tensor, positions: Tensor, channels: slice = slice(None)) -> Tensor:
-        """x [W, Q, c] of some of the channels, and each position's place in its own history [W, Q] -> the shape of x."""
-        return _CausalConv.apply(x, self.weight[channels], self.bias[channels], positions, self.activation)
 
-    def at_last(self, recent: Tensor, exists: Tensor, channels: slice = slice(None)) -> Tensor:
-        """The outputs at the last positions alone: [B, c] of the K positions up to there, latest first, [B, K, c] and [B, K]."""
-        taps = self.weight[channels].flip(1).T * exists[..., None]  # [B, K, c]
-        return ACTIVATIONS[self.activation]((recent * taps).sum(1) + self.bias[channels])
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, activation: Activation) -> Tensor:
+    """The convolution of x [W, Q, c] with weight [c, K] and bias [c], then an activation; positions [W, Q] in the histories."""
+    return _CausalConv.apply(x, weight, bias, positions, activation)
+
+
+def causal_conv_at_last(recent: Tensor, exists: Tensor, weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
+    """Its outputs at the last positions alone: [B, c] of the K positions up to there, latest first, [B, K, c] and [B, K]."""
+    taps = weight.flip(1).T * exists[..., None]  # [B, K, c]
+    return ACTIVATIONS[activation]((recent * taps).sum(1) + bias)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -150,16 +152,19 @@ class TimeScale(nn.Module):
     def __init__(self, config: SSDConfig, activation: Activation = "silu") -> None:
         super().__init__()
         T, H, K = config.max_len, config.heads, config.conv_width
+        self.activation = activation
         self.dropout = Dropout(config.dropout)
         self.first, self.second = nn.Linear(T, T), nn.Linear(T, T)
-        self.conv_first, self.conv_second = CausalConv(H, K, activation), CausalConv(H, K, activation)
+        self.conv_first, self.conv_second = CausalConv(H, K), CausalConv(H, K)
 
     def forward(self, step: Tensor, tau: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         """step [W, Q, H] before softplus and tau [B, H, T] -> the scaled steps and the factors [B, H, T]."""
         scale = F.tanhshrink(self.second(F.silu(self.first(self.dropout(tau)))))
         signal = (tau * scale).transpose(1, 2)  # [B, T, H]
         positions = torch.arange(signal.shape[1], device=signal.device).expand(signal.shape[:2])
-        factor = self.conv_second(self.conv_first(signal, positions), positions).transpose(1, 2)  # [B, H, T]
+        for conv in (self.conv_first, self.conv_second):
+            signal = causal_conv(signal, conv.weight, conv.bias, positions, self.activation)
+        factor = signal.transpose(1, 2)  # [B, H, T]
         return step * packing.spread(factor), factor
 
 
@@ -177,23 +182,97 @@ class Scan(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(E))
         self.out = nn.Linear(E, config.width)
 
-    def forward(self, x: Tensor, B: Tensor, step: Tensor, C: Tensor, gate: Tensor, packing: Packing, *, at_last: bool) -> Tensor:
-        """What is written, x [W, Q, E], B [W, Q, G * N], step [W, Q, H]; what reads, C [W, Q, G * N] and gate [W, Q, E].
+    def forward(
+        self, x: Tensor, B: Tensor, C: Tensor, step: Tensor, gate: Tensor, packing: Packing, convs: Convs, *, at_last: bool
+    ) -> Tensor:
+        """What is projected: x [W, Q, E], B and C [W, Q, G * N], step [W, Q, H], gate [W, Q, E] -> [W, Q, D].
 
-        Returns [W, Q, D]. `at_last`: C, gate and the result are [B, ...].
+        `at_last`: C and gate are [B, ...], C convolved already, and the result is [B, D].
         """
-        config = self.config
-        x = x.unflatten(-1, (config.heads, config.head_width))  # [W, Q, H, P]
-        B, C = (part.unflatten(-1, (config.groups, config.state)) for part in (B, C))  # [..., G, N]
-        delta, a = F.softplus(step + self.step_bias), -torch.exp(self.log_a)
+        config, weights = self.config, (self.step_bias, self.log_a, self.skip)
         if at_last:
-            y = scan_at_last(x, delta, a, B, C, packing)  # [B, H, P]
-            x, delta = packing.at_last(x), packing.at_last(delta)
+            arrays = (x, B, packing.at_tokens(C), step, packing.positions, packing.to_end)
+            written = blockwise(partial(_write_to_end, config, convs.activation), arrays, (*convs.parameters, *weights))
+            y = _gated_norm(packing.sum_up(written), gate, self.norm_weight, config.norm_eps)
         else:
-            y = scan(x, delta, a, B, C, packing.positions, implementation=config.scan)
-        skipped = x * delta[..., None] if config.scaled_skip else x
-        y = (y + self.skip[:, None] * skipped).flatten(-2) * F.silu(gate)  # [..., E]
-        return self.out(F.rms_norm(y, y.shape[-1:], self.norm_weight, config.norm_eps))
+            arrays = (x, B, C, step, gate, packing.positions)
+            y = blockwise(partial(_mix, config, convs.activation), arrays, (*convs.parameters, *weights, self.norm_weight))
+        return self.out(y)
+
+
+@dataclass(frozen=True)
+class Convs:
+    """The convolutions of x, B and C: weight [E + 2 * G * N, K] and bias; without C's where that is convolved already."""
+
+    weight: Tensor
+    bias: Tensor
+    activation: Activation
+
+    @property
+    def parameters(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+
+def _mix(
+    config: SSDConfig,
+    activation: Activation,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    step: Tensor,
+    gate: Tensor,
+    positions: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    step_bias: Tensor,
+    log_a: Tensor,
+    skip: Tensor,
+    norm_weight: Tensor,
+) -> Tensor:
+    """From the projections to what the output projection reads, [W, Q, E]. Arguments as in `Scan.forward`."""
+    x, B, C = _convolve_parts(config, activation, (x, B, C), positions, conv_weight, conv_bias)
+    delta = F.softplus(step + step_bias)
+    y = scan(x, delta, -torch.exp(log_a), B, C, positions, implementation=config.scan)  # [W, Q, H, P]
+    skipped = x * delta[..., None] if config.scaled_skip else x
+    return _gated_norm((y + skip[:, None] * skipped).flatten(-2), gate, norm_weight, config.norm_eps)
+
+
+def _write_to_end(
+    config: SSDConfig,
+    activation: Activation,
+    x: Tensor,
+    B: Tensor,
+    C: Tensor,
+    step: Tensor,
+    positions: Tensor,
+    to_end: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    step_bias: Tensor,
+    log_a: Tensor,
+    skip: Tensor,
+) -> Tensor:
+    """What each position adds to the scan's output, and skip, at the end of its history: [W, Q, E]."""
+    x, B = _convolve_parts(config, activation, (x, B), positions, conv_weight, conv_bias)
+    delta = F.softplus(step + step_bias)
+    C = C.unflatten(-1, (config.groups, config.state))
+    return summands_at_end(x, delta, -torch.exp(log_a), B, C, positions, to_end, skip * delta if config.scaled_skip else skip).flatten(-2)
+
+
+def _convolve_parts(
+    config: SSDConfig, activation: Activation, parts: Sequence[Tensor], positions: Tensor, weight: Tensor, bias: Tensor
+) -> list[Tensor]:
+    """x [W, Q, E], then B and C [W, Q, G * N], each through its channels of the convolution -> [W, Q, H, P], then [W, Q, G, N]."""
+    sizes = [part.shape[-1] for part in parts]
+    shapes = ((config.heads, config.head_width), (config.groups, config.state), (config.groups, config.state))
+    taps = zip(parts, weight.split(sizes), bias.split(sizes), shapes, strict=False)
+    return [causal_conv(part, w, b, positions, activation).unflatten(-1, shape) for part, w, b, shape in taps]
+
+
+def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """y and gate [..., E] -> [..., E]."""
+    y = y * F.silu(gate)
+    return F.rms_norm(y, y.shape[-1:], weight, eps)
 
 
 class TimeSSD(nn.Module):
@@ -205,7 +284,7 @@ class TimeSSD(nn.Module):
         E, GN, T = config.inner, config.groups * config.state, config.max_len
         self.sizes = (E, E, GN, GN, config.heads)  # gate, x, B, C, step
         self.proj = nn.Linear(config.width, sum(self.sizes))
-        self.conv = CausalConv(E + 2 * GN, config.conv_width, "silu")  # of x, B and C
+        self.conv = CausalConv(E + 2 * GN, config.conv_width)  # of x, B and C
         self.scan = Scan(config)
         if config.time_step == "shift":
             self.time_shift = TimeShift(config)
@@ -217,9 +296,8 @@ class TimeSSD(nn.Module):
 
     def forward(self, u: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> tuple[Tensor, Tensor | None]:
         """u [W, Q, D], tau [B, H, T] or None -> output [W, Q, D], or [B, D] `at_last`, and the next layer's tau."""
-        config, (E, _, GN, _, _) = self.config, self.sizes
+        config = self.config
         gate, x, B, C, step = zip(self.proj.weight.split(self.sizes), self.proj.bias.split(self.sizes), strict=True)  # a part each: cheaper
-        read_from = packing.at_last(u) if at_last else u
         delta = F.linear(u, *step)  # [W, Q, H]
         if tau is not None and config.time_step == "shift":
             delta, tau = self.time_shift(delta, tau, packing)
@@ -227,26 +305,24 @@ class TimeSSD(nn.Module):
             delta, factor = self.time_scale(delta, tau, packing)
             keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [B, H, 1 or T]
             tau = self.time_norm(keep * tau + (1 - keep) * factor)
+        written = len(self.conv.bias) - config.groups * config.state  # channels of x and B
+        weight, bias = self.conv.weight, self.conv.bias
+        if at_last:
+            places, exists = packing.recent(config.conv_width)
+            recent = F.linear(u.flatten(0, 1)[places], *C)  # [B, K, G * N]
+            read = causal_conv_at_last(recent, exists, weight[written:], bias[written:], "silu")
+            weight, bias = weight[:written], bias[:written]
         y = self.scan(
-            x=self.conv(F.linear(u, *x), packing.positions, slice(E)),
-            B=self.conv(F.linear(u, *B), packing.positions, slice(E, E + GN)),
+            x=F.linear(u, *x),
+            B=F.linear(u, *B),
+            C=read if at_last else F.linear(u, *C),
             step=delta,
-            C=read(self.conv, partial(F.linear, weight=C[0], bias=C[1]), u, packing, slice(E + GN, None), at_last=at_last),
-            gate=F.linear(read_from, *gate),
+            gate=F.linear(packing.at_last(u) if at_last else u, *gate),
             packing=packing,
+            convs=Convs(weight, bias, "silu"),
             at_last=at_last,
         )
         return y, tau
-
-
-def read(
-    conv: CausalConv, project: Callable[[Tensor], Tensor], u: Tensor, packing: Packing, channels: slice = slice(None), *, at_last: bool
-) -> Tensor:
-    """The convolved projection of u [W, Q, D] at every position, [W, Q, c], or at the last ones alone, [B, c]."""
-    if not at_last:
-        return conv(project(u), packing.positions, channels)
-    places, exists = packing.recent(conv.weight.shape[1])
-    return conv.at_last(project(u.flatten(0, 1)[places]), exists, channels)
 
 
 class CrossSSD(nn.Module):
@@ -260,8 +336,8 @@ class CrossSSD(nn.Module):
         self.context_proj = nn.Linear(D, sum(self.sizes))
         self.gate_proj = nn.Linear(D, E)
         self.query_proj = nn.Linear(D, GN)
-        self.context_conv = CausalConv(E + GN, K, config.cross_activation)  # of x and B
-        self.query_conv = CausalConv(GN, K, config.cross_activation)
+        self.context_conv = CausalConv(E + GN, K)  # of x and B
+        self.query_conv = CausalConv(GN, K)  # of C
         self.scan = Scan(config)
         if config.time_step == "shift":
             self.time_shift = TimeShift(config)
@@ -270,19 +346,29 @@ class CrossSSD(nn.Module):
 
     def forward(self, query: Tensor, context: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> Tensor:
         """query and context [W, Q, D], tau [B, H, T] or None -> [W, Q, D], or [B, D] `at_last`."""
-        config, E = self.config, self.config.inner
+        config, activation = self.config, self.config.cross_activation
         x, B, step = zip(self.context_proj.weight.split(self.sizes), self.context_proj.bias.split(self.sizes), strict=True)
         delta = F.linear(context, *step)  # [W, Q, H]
         if tau is not None:
             delta, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(delta, tau, packing)
-        both = packing.at_last(query) + packing.at_last(context) if at_last else query + context
+        conv, query_conv = self.context_conv, self.query_conv
+        if at_last:
+            places, exists = packing.recent(config.conv_width)
+            recent = self.query_proj(query.flatten(0, 1)[places])  # [B, K, G * N]
+            C = causal_conv_at_last(recent, exists, query_conv.weight, query_conv.bias, activation)
+            both = packing.at_last(query) + packing.at_last(context)
+            convs = Convs(conv.weight, conv.bias, activation)
+        else:
+            C, both = self.query_proj(query), query + context
+            convs = Convs(torch.cat((conv.weight, query_conv.weight)), torch.cat((conv.bias, query_conv.bias)), activation)
         return self.scan(
-            x=self.context_conv(F.linear(context, *x), packing.positions, slice(E)),
-            B=self.context_conv(F.linear(context, *B), packing.positions, slice(E, None)),
+            x=F.linear(context, *x),
+            B=F.linear(context, *B),
+            C=C,
             step=delta,
-            C=read(self.query_conv, self.query_proj, query, packing, at_last=at_last),
             gate=self.gate_proj(both),
             packing=packing,
+            convs=convs,
             at_last=at_last,
         )
 

@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmm4rec.data.batches import Packing
-
 Implementation = Literal["auto", "recurrence", "quadratic", "chunked", "triton"]
 
 # Measured by `python studies/scan_cost.py --constants` (one thread of an AMD EPYC, results/scan_cost/): at 128 positions
@@ -173,18 +171,20 @@ def _read(entering: Tensor, log_decay: Tensor, C: Tensor, began_before: Tensor) 
     return decay[..., None] * read
 
 
-def scan_at_last(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, packing: Packing) -> Tensor:
-    """The scan's outputs at the end of each history alone: linear in the length, whatever it is.
+def summands_at_end(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor, to_end: Tensor, skip: Tensor) -> Tensor:
+    """What each position adds to the scan's output at the end of its history; linear in the length, whatever it is.
 
-    x [W, Q, H, P], delta [W, Q, H], a [H] and B [W, Q, G, N] over the windows, C [B, G, N] at the ends -> y [B, H, P].
+    Shapes as in `scan`, but C [b, L, G, N] is that of the history's end, at all its positions; to_end [b, L]: positions left
+    to it. skip [b, L, H] is the weight of x in the output of its own position. Where nothing stands the result is 0.
     """
-    E = packing.examples
-    log_decay = _log_decay(delta, a, packing.positions)  # [W, Q, H]
-    remaining = packing.at_last(log_decay)[E] - log_decay  # from each position to the end of its history
-    decay = torch.exp(remaining.masked_fill((packing.positions < 0)[..., None], -torch.inf))  # [W, Q, H]
-    affinity = (B * C[E]).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [W, Q, H]
-    written = x * (delta * decay * affinity)[..., None]  # [W, Q, H, P]
-    return written.new_zeros(len(C), *x.shape[2:]).index_add(0, E.flatten(), written.flatten(0, 1))
+    place = torch.arange(positions.shape[1], device=positions.device)
+    stands = (positions >= 0)[..., None]  # [b, L, 1]
+    log_decay = _log_decay(delta, a, positions)  # [b, L, H]
+    end = torch.where(positions < 0, place, place + to_end)  # [b, L]
+    remaining = log_decay.gather(1, end[..., None].expand_as(log_decay)) - log_decay
+    affinity = (B * C).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [b, L, H]
+    weight = delta * torch.exp(remaining) * affinity + skip * (to_end == 0)[..., None]
+    return x * (weight * stands)[..., None]
 
 
 def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
