@@ -80,7 +80,6 @@ def assert_same_gradients(ours: dict[str, Tensor], plain: dict[str, Tensor], tol
 def test_a_step_is_the_plain_step(make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch, switches: dict) -> None:
     """Loss and every gradient of three accumulated batches, in chunks that cut across them; and the ranks."""
     monkeypatch.setattr(step, "POSITIONS_AT_ONCE", {"cpu": 150})
-    monkeypatch.setattr("mmm4rec.models.blockwise.ELEMENTS_AT_ONCE", 2000)
     monkeypatch.setattr("mmm4rec.training.losses.SCORES_AT_ONCE", {"cpu": 200})
     run = make_run(make_domain(), switches)
     data, plans = run.data[0], plans_of(run.data[0])

@@ -12,25 +12,20 @@ they need.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Packing
-from mmm4rec.models.blockwise import blockwise
 from mmm4rec.models.dropout import Dropout
+from mmm4rec.models.fused import Activation, causal_conv, causal_conv_at_last, gated_norm
 from mmm4rec.models.ssd import Implementation, scan, summands_at_end
 
 TimeStep = Literal["shift", "scale"]
-Activation = Literal["silu", "hardswish"]
-ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish}
-DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "hardswish": torch.ops.aten.hardswish_backward}  # (gradient, input)
-CONV_BLOCK = 2**19  # elements that the convolution works on at once on a CPU: they stay in its cache
 SHIFT_SPAN = 6.0  # the heads' weights start at -6 ... 6: a step of softplus(6 * tau) against softplus(-6 * tau)
 
 
@@ -59,7 +54,7 @@ class SSDConfig:
 
 
 class CausalConv(nn.Module):
-    """Depthwise convolution over time that sees the K - 1 positions before; zeros stand before the first."""
+    """Weights of a depthwise causal convolution (`causal_conv`)."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -67,68 +62,9 @@ class CausalConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(channels, kernel).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
 
-
-def causal_conv(x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, activation: Activation) -> Tensor:
-    """The convolution of x [W, Q, c] with weight [c, K] and bias [c], then an activation; positions [W, Q] in the histories."""
-    return _CausalConv.apply(x, weight, bias, positions, activation)
-
-
-def causal_conv_at_last(recent: Tensor, exists: Tensor, weight: Tensor, bias: Tensor, activation: Activation) -> Tensor:
-    """Its outputs at the last positions alone: [B, c] of the K positions up to there, latest first, [B, K, c] and [B, K]."""
-    taps = weight.flip(1).T * exists[..., None]  # [B, K, c]
-    return ACTIVATIONS[activation]((recent * taps).sum(1) + bias)
-
-
-class _CausalConv(torch.autograd.Function):
-    """The convolution as shifted multiply-adds, a few windows at a time, and its gradient from its input alone.
-
-    Autograd's own would keep, and walk through, a dozen arrays of x's size: on a CPU that costs more than the
-    projections before and after.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, positions: Tensor, activation: Activation) -> Tensor:
-        K = weight.shape[1]
-        exists = positions[..., None] >= torch.arange(K, device=x.device)  # [W, Q, K]: so far back the history reaches
-        taps = (weight.flip(1).T.contiguous().to(x.dtype), bias.to(x.dtype), exists.to(x.dtype))  # taps[0] is [K, c], latest first
-        ctx.activation = activation
-        ctx.save_for_backward(x, *taps)
-        y = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for block in _blocks(x):
-            _convolve(x[block], taps[0], taps[1], taps[2][block], out=y[block])
-            ACTIVATIONS[activation](y[block], inplace=True)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x, weight, bias, exists) = gradients, ctx.saved_tensors
-        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-        dweight, dbias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for block in _blocks(x):
-            z = _convolve(x[block], weight, bias, exists[block], out=torch.empty_like(dx[block]))
-            dz = DERIVATIVES[ctx.activation](dy[block], z)  # [w, Q, c]
-            torch.mul(dz, weight[0], out=dx[block])
-            dbias += dz.sum((0, 1))
-            dweight[0] += (dz * x[block]).sum((0, 1))
-            for back in range(1, min(len(weight), x.shape[1])):
-                reached = dz[:, back:] * exists[block][:, back:, back, None]
-                dx[block][:, :-back].addcmul_(reached, weight[back])
-                dweight[back] += (reached * x[block][:, :-back]).sum((0, 1))
-        return dx, dweight.T.flip(1), dbias, None, None
-
-
-def _blocks(x: Tensor) -> list[slice]:
-    """The windows of x [W, Q, c], a few at a time on a CPU, all at once elsewhere."""
-    step = max(1, CONV_BLOCK // (x.shape[1] * x.shape[2])) if x.device.type == "cpu" else len(x)
-    return [slice(first, first + step) for first in range(0, len(x), step)]
-
-
-def _convolve(x: Tensor, weight: Tensor, bias: Tensor, exists: Tensor, *, out: Tensor) -> Tensor:
-    """x [w, Q, c], weight [K, c] latest first, bias [c], exists [w, Q, K] -> [w, Q, c], before the activation."""
-    torch.addcmul(bias, x, weight[0], out=out)
-    for back in range(1, min(len(weight), x.shape[1])):
-        out[:, back:].addcmul_(x[:, :-back] * exists[:, back:, back, None], weight[back])
-    return out
+    def split(self, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Weight and bias of these many channels each."""
+        return zip(self.weight.split(sizes), self.bias.split(sizes), strict=True)
 
 
 class TimeShift(nn.Module):
@@ -163,7 +99,7 @@ class TimeScale(nn.Module):
         signal = (tau * scale).transpose(1, 2)  # [B, T, H]
         positions = torch.arange(signal.shape[1], device=signal.device).expand(signal.shape[:2])
         for conv in (self.conv_first, self.conv_second):
-            signal = causal_conv(signal, conv.weight, conv.bias, positions, self.activation)
+            signal = causal_conv(signal, conv.weight, conv.bias, positions, self.activation).flatten(2)
         factor = signal.transpose(1, 2)  # [B, H, T]
         return step * packing.spread(factor), factor
 
@@ -182,97 +118,18 @@ class Scan(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(E))
         self.out = nn.Linear(E, config.width)
 
-    def forward(
-        self, x: Tensor, B: Tensor, C: Tensor, step: Tensor, gate: Tensor, packing: Packing, convs: Convs, *, at_last: bool
-    ) -> Tensor:
-        """What is projected: x [W, Q, E], B and C [W, Q, G * N], step [W, Q, H], gate [W, Q, E] -> [W, Q, D].
+    def forward(self, x: Tensor, B: Tensor, step: Tensor, C: Tensor, gate: Tensor, packing: Packing, *, at_last: bool) -> Tensor:
+        """What is written, x [W, Q, H, P], B [W, Q, G, N], step [W, Q, H]; what reads, C [W, Q, G, N] and gate [W, Q, E].
 
-        `at_last`: C and gate are [B, ...], C convolved already, and the result is [B, D].
+        Returns [W, Q, D]. `at_last`: C, gate and the result are [B, ...].
         """
-        config, weights = self.config, (self.step_bias, self.log_a, self.skip)
+        config, delta, a = self.config, F.softplus(step + self.step_bias), -torch.exp(self.log_a)
+        skip = self.skip * delta if config.scaled_skip else self.skip.expand_as(delta)  # [W, Q, H]
         if at_last:
-            arrays = (x, B, packing.at_tokens(C), step, packing.positions, packing.to_end)
-            written = blockwise(partial(_write_to_end, config, convs.activation), arrays, (*convs.parameters, *weights))
-            y = _gated_norm(packing.sum_up(written), gate, self.norm_weight, config.norm_eps)
+            y = packing.sum_up(summands_at_end(x, delta, a, B, packing.at_tokens(C), skip, packing))  # [B, H, P]
         else:
-            arrays = (x, B, C, step, gate, packing.positions)
-            y = blockwise(partial(_mix, config, convs.activation), arrays, (*convs.parameters, *weights, self.norm_weight))
-        return self.out(y)
-
-
-@dataclass(frozen=True)
-class Convs:
-    """The convolutions of x, B and C: weight [E + 2 * G * N, K] and bias; without C's where that is convolved already."""
-
-    weight: Tensor
-    bias: Tensor
-    activation: Activation
-
-    @property
-    def parameters(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
-
-
-def _mix(
-    config: SSDConfig,
-    activation: Activation,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    step: Tensor,
-    gate: Tensor,
-    positions: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    step_bias: Tensor,
-    log_a: Tensor,
-    skip: Tensor,
-    norm_weight: Tensor,
-) -> Tensor:
-    """From the projections to what the output projection reads, [W, Q, E]. Arguments as in `Scan.forward`."""
-    x, B, C = _convolve_parts(config, activation, (x, B, C), positions, conv_weight, conv_bias)
-    delta = F.softplus(step + step_bias)
-    y = scan(x, delta, -torch.exp(log_a), B, C, positions, implementation=config.scan)  # [W, Q, H, P]
-    skipped = x * delta[..., None] if config.scaled_skip else x
-    return _gated_norm((y + skip[:, None] * skipped).flatten(-2), gate, norm_weight, config.norm_eps)
-
-
-def _write_to_end(
-    config: SSDConfig,
-    activation: Activation,
-    x: Tensor,
-    B: Tensor,
-    C: Tensor,
-    step: Tensor,
-    positions: Tensor,
-    to_end: Tensor,
-    conv_weight: Tensor,
-    conv_bias: Tensor,
-    step_bias: Tensor,
-    log_a: Tensor,
-    skip: Tensor,
-) -> Tensor:
-    """What each position adds to the scan's output, and skip, at the end of its history: [W, Q, E]."""
-    x, B = _convolve_parts(config, activation, (x, B), positions, conv_weight, conv_bias)
-    delta = F.softplus(step + step_bias)
-    C = C.unflatten(-1, (config.groups, config.state))
-    return summands_at_end(x, delta, -torch.exp(log_a), B, C, positions, to_end, skip * delta if config.scaled_skip else skip).flatten(-2)
-
-
-def _convolve_parts(
-    config: SSDConfig, activation: Activation, parts: Sequence[Tensor], positions: Tensor, weight: Tensor, bias: Tensor
-) -> list[Tensor]:
-    """x [W, Q, E], then B and C [W, Q, G * N], each through its channels of the convolution -> [W, Q, H, P], then [W, Q, G, N]."""
-    sizes = [part.shape[-1] for part in parts]
-    shapes = ((config.heads, config.head_width), (config.groups, config.state), (config.groups, config.state))
-    taps = zip(parts, weight.split(sizes), bias.split(sizes), shapes, strict=False)
-    return [causal_conv(part, w, b, positions, activation).unflatten(-1, shape) for part, w, b, shape in taps]
-
-
-def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """y and gate [..., E] -> [..., E]."""
-    y = y * F.silu(gate)
-    return F.rms_norm(y, y.shape[-1:], weight, eps)
+            y = scan(x, delta, a, B, C, skip, packing.positions, implementation=config.scan)
+        return self.out(gated_norm(y, gate, self.norm_weight, config.norm_eps))
 
 
 class TimeSSD(nn.Module):
@@ -296,8 +153,9 @@ class TimeSSD(nn.Module):
 
     def forward(self, u: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> tuple[Tensor, Tensor | None]:
         """u [W, Q, D], tau [B, H, T] or None -> output [W, Q, D], or [B, D] `at_last`, and the next layer's tau."""
-        config = self.config
+        config, activation = self.config, "silu"
         gate, x, B, C, step = zip(self.proj.weight.split(self.sizes), self.proj.bias.split(self.sizes), strict=True)  # a part each: cheaper
+        x_conv, B_conv, C_conv = self.conv.split(self.sizes[1:4])
         delta = F.linear(u, *step)  # [W, Q, H]
         if tau is not None and config.time_step == "shift":
             delta, tau = self.time_shift(delta, tau, packing)
@@ -305,24 +163,34 @@ class TimeSSD(nn.Module):
             delta, factor = self.time_scale(delta, tau, packing)
             keep = torch.sigmoid(self.time_gate(self.time_dropout(tau)))  # [B, H, 1 or T]
             tau = self.time_norm(keep * tau + (1 - keep) * factor)
-        written = len(self.conv.bias) - config.groups * config.state  # channels of x and B
-        weight, bias = self.conv.weight, self.conv.bias
-        if at_last:
-            places, exists = packing.recent(config.conv_width)
-            recent = F.linear(u.flatten(0, 1)[places], *C)  # [B, K, G * N]
-            read = causal_conv_at_last(recent, exists, weight[written:], bias[written:], "silu")
-            weight, bias = weight[:written], bias[:written]
         y = self.scan(
-            x=F.linear(u, *x),
-            B=F.linear(u, *B),
-            C=read if at_last else F.linear(u, *C),
+            x=causal_conv(F.linear(u, *x), *x_conv, packing.positions, activation, heads=config.heads),
+            B=causal_conv(F.linear(u, *B), *B_conv, packing.positions, activation, heads=config.groups),
             step=delta,
+            C=_queries(u, C, C_conv, config, packing, activation, at_last=at_last),
             gate=F.linear(packing.at_last(u) if at_last else u, *gate),
             packing=packing,
-            convs=Convs(weight, bias, "silu"),
             at_last=at_last,
         )
         return y, tau
+
+
+def _queries(
+    u: Tensor,
+    proj: tuple[Tensor, Tensor],
+    conv: tuple[Tensor, Tensor],
+    config: SSDConfig,
+    packing: Packing,
+    activation: Activation,
+    *,
+    at_last: bool,
+) -> Tensor:
+    """C of u [W, Q, D], projected and convolved with these weights and biases: [W, Q, G, N], or [B, G, N] `at_last`."""
+    if not at_last:
+        return causal_conv(F.linear(u, *proj), *conv, packing.positions, activation, heads=config.groups)
+    places, exists = packing.recent(config.conv_width)
+    recent = F.linear(u.flatten(0, 1)[places], *proj)  # [B, K, G * N]
+    return causal_conv_at_last(recent, exists, *conv, activation).unflatten(-1, (config.groups, config.state))
 
 
 class CrossSSD(nn.Module):
@@ -348,27 +216,19 @@ class CrossSSD(nn.Module):
         """query and context [W, Q, D], tau [B, H, T] or None -> [W, Q, D], or [B, D] `at_last`."""
         config, activation = self.config, self.config.cross_activation
         x, B, step = zip(self.context_proj.weight.split(self.sizes), self.context_proj.bias.split(self.sizes), strict=True)
+        x_conv, B_conv = self.context_conv.split(self.sizes[:2])
+        C, C_conv = ((part.weight, part.bias) for part in (self.query_proj, self.query_conv))
         delta = F.linear(context, *step)  # [W, Q, H]
         if tau is not None:
             delta, _ = (self.time_shift if config.time_step == "shift" else self.time_scale)(delta, tau, packing)
-        conv, query_conv = self.context_conv, self.query_conv
-        if at_last:
-            places, exists = packing.recent(config.conv_width)
-            recent = self.query_proj(query.flatten(0, 1)[places])  # [B, K, G * N]
-            C = causal_conv_at_last(recent, exists, query_conv.weight, query_conv.bias, activation)
-            both = packing.at_last(query) + packing.at_last(context)
-            convs = Convs(conv.weight, conv.bias, activation)
-        else:
-            C, both = self.query_proj(query), query + context
-            convs = Convs(torch.cat((conv.weight, query_conv.weight)), torch.cat((conv.bias, query_conv.bias)), activation)
+        both = packing.at_last(query) + packing.at_last(context) if at_last else query + context
         return self.scan(
-            x=F.linear(context, *x),
-            B=F.linear(context, *B),
-            C=C,
+            x=causal_conv(F.linear(context, *x), *x_conv, packing.positions, activation, heads=config.heads),
+            B=causal_conv(F.linear(context, *B), *B_conv, packing.positions, activation, heads=config.groups),
             step=delta,
+            C=_queries(query, C, C_conv, config, packing, activation, at_last=at_last),
             gate=self.gate_proj(both),
             packing=packing,
-            convs=convs,
             at_last=at_last,
         )
 

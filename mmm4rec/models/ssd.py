@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmm4rec.data.batches import Packing
+
 Implementation = Literal["auto", "recurrence", "quadratic", "chunked", "triton"]
 
 # Measured by `python studies/scan_cost.py --constants` (one thread of an AMD EPYC, results/scan_cost/): at 128 positions
@@ -40,11 +42,19 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def scan(
-    x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor | None = None, *, implementation: Implementation = "auto"
+    x: Tensor,
+    delta: Tensor,
+    a: Tensor,
+    B: Tensor,
+    C: Tensor,
+    skip: Tensor | None = None,
+    positions: Tensor | None = None,
+    *,
+    implementation: Implementation = "auto",
 ) -> Tensor:
     """The scan. x [b, L, H, P], delta [b, L, H] >= 0, a [H] < 0, B and C [b, L, G, N] -> y [b, L, H, P].
 
-    positions [b, L] int: each position's place in its own history (`Packing`); a history reads no other. None: a row is
+    skip [b, L, H]: the weight of x in the output of its own position, beside what the state gives; None: 0. positions [b, L] int: each position's place in its own history (`Packing`); a history reads no other. None: a row is
     one history. Where it is -1 nothing stands, and y means nothing. `auto` is what `choose` names.
     Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
     """
@@ -53,7 +63,7 @@ def scan(
         raise ValueError(f"implementation is {name!r}; the rule: one of {', '.join(get_args(Implementation))}")
     if positions is None:
         positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    return _FUNCTIONS[name](x, delta, a, B, C, positions)
+    return _FUNCTIONS[name](x, delta, a, B, C, torch.zeros_like(delta) if skip is None else skip, positions)
 
 
 def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Implementation:
@@ -63,7 +73,7 @@ def choose(length: int, device: torch.device, dtype: torch.dtype = torch.float32
     return "quadratic" if length <= QUADRATIC_UP_TO else "chunked"
 
 
-def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor, positions: Tensor) -> Tensor:
     """The scan step by step. Shapes as in `scan`."""
     heads_per_group = x.shape[2] // B.shape[2]
     B, C = B.repeat_interleave(heads_per_group, dim=2), C.repeat_interleave(heads_per_group, dim=2)  # [b, L, H, N]
@@ -75,19 +85,21 @@ def recurrence(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positi
         inflow = (delta_t[..., None] * x_t)[..., None] * B_t[:, :, None, :]  # [b, H, P, N]
         state = decay * state + inflow
         outputs.append((state * C_t[:, :, None, :]).sum(-1))  # [b, H, P]
-    return torch.stack(outputs, dim=1)
+    return torch.stack(outputs, dim=1) + skip[..., None] * x
 
 
-def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+def quadratic(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor, positions: Tensor) -> Tensor:
     """The dual form; cost and memory grow with L squared. Shapes as in `scan`."""
     b, L, H = delta.shape
     G, N = B.shape[2:]
     decay = _decay_between(_log_decay(delta, a, positions).transpose(1, 2), positions)  # [b, H, L, L]
     B, C = (part.transpose(1, 2).reshape(b * G, L, N) for part in (B, C))
     affinity = torch.bmm(C, B.transpose(1, 2))  # [b * G, L, L], to row l from column s
-    weights = (decay.view(b, G, H // G, L, L) * affinity.view(b, G, 1, L, L)).view(b * H, L, L)
-    inflow = (x * delta[..., None]).transpose(1, 2).reshape(b * H, L, -1)  # [b * H, L, P]
-    return torch.bmm(weights.to(inflow.dtype), inflow).view(b, H, L, -1).transpose(1, 2)
+    weights = decay.view(b, G, H // G, L, L) * affinity.view(b, G, 1, L, L)
+    delta, skip = (part.transpose(1, 2) for part in (delta, skip))  # [b, H, L]
+    weights = weights.view(b, H, L, L) * delta[:, :, None] + torch.diag_embed(skip)
+    x = x.transpose(1, 2).reshape(b * H, L, -1)  # [b * H, L, P]
+    return torch.bmm(weights.view(b * H, L, L).to(x.dtype), x).view(b, H, L, -1).transpose(1, 2)
 
 
 def _log_decay(delta: Tensor, a: Tensor, positions: Tensor) -> Tensor:
@@ -112,7 +124,9 @@ def _decay_between(log_decay: Tensor, positions: Tensor) -> Tensor:
     return torch.exp(between.masked_fill(~past[:, None], -torch.inf))
 
 
-def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor, *, chunk: int | None = None) -> Tensor:
+def chunked(
+    x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor, positions: Tensor, *, chunk: int | None = None
+) -> Tensor:
     """Linear in L: `quadratic` inside chunks of at most `chunk` (default `CHUNK`) positions, states between them.
 
     Shapes as in `scan`. The K chunks are as equal as they can be: the last is filled up with fewer than K
@@ -121,9 +135,10 @@ def chunked(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions
     b, L = x.shape[:2]
     K = math.ceil(L / (CHUNK if chunk is None else chunk))
     Q = math.ceil(L / K)
-    x, delta, B, C = (_split(part, K, Q) for part in (x, delta, B, C))  # [b, K, Q, ...]
+    x, delta, B, C, skip = (_split(part, K, Q) for part in (x, delta, B, C, skip))  # [b, K, Q, ...]
     positions = F.pad(positions, (0, K * Q - L), value=-1).unflatten(1, (K, Q))
-    y = quadratic(*(part.flatten(0, 1) for part in (x, delta)), a, *(part.flatten(0, 1) for part in (B, C, positions))).unflatten(0, (b, K))
+    inside = [part.flatten(0, 1) for part in (x, delta, B, C, skip, positions)]
+    y = quadratic(*inside[:2], a, *inside[2:]).unflatten(0, (b, K))
     if K > 1:
         log_decay = _log_decay(delta.flatten(0, 1), a, positions.flatten(0, 1)).unflatten(0, (b, K))  # [b, K, Q, H]
         entering = _entering_states(x, delta, log_decay, B, positions)  # [b, K - 1, H, P, N]
@@ -171,23 +186,23 @@ def _read(entering: Tensor, log_decay: Tensor, C: Tensor, began_before: Tensor) 
     return decay[..., None] * read
 
 
-def summands_at_end(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor, to_end: Tensor, skip: Tensor) -> Tensor:
+def summands_at_end(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor, packing: Packing) -> Tensor:
     """What each position adds to the scan's output at the end of its history; linear in the length, whatever it is.
 
-    Shapes as in `scan`, but C [b, L, G, N] is that of the history's end, at all its positions; to_end [b, L]: positions left
-    to it. skip [b, L, H] is the weight of x in the output of its own position. Where nothing stands the result is 0.
+    Shapes as in `scan`, but C is that of the history's end at all its positions; skip [W, Q, H] is the weight of x in the
+    output of its own position. Where nothing stands the result is 0.
     """
+    positions, to_end = packing.positions, packing.to_end  # [W, Q]
     place = torch.arange(positions.shape[1], device=positions.device)
-    stands = (positions >= 0)[..., None]  # [b, L, 1]
-    log_decay = _log_decay(delta, a, positions)  # [b, L, H]
-    end = torch.where(positions < 0, place, place + to_end)  # [b, L]
+    end = torch.where(positions < 0, place, place + to_end)
+    log_decay = _log_decay(delta, a, positions)  # [W, Q, H]
     remaining = log_decay.gather(1, end[..., None].expand_as(log_decay)) - log_decay
-    affinity = (B * C).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [b, L, H]
+    affinity = (B * C).sum(-1).repeat_interleave(x.shape[2] // B.shape[2], dim=-1)  # [W, Q, H]
     weight = delta * torch.exp(remaining) * affinity + skip * (to_end == 0)[..., None]
-    return x * (weight * stands)[..., None]
+    return x * (weight * (positions >= 0)[..., None])[..., None]
 
 
-def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions: Tensor) -> Tensor:
+def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor, positions: Tensor) -> Tensor:
     """The scan by the GPU kernel of mamba-ssm. Shapes as in `scan`; RuntimeError where it cannot run.
 
     The kernel sums in float32 whatever comes in, and may multiply float32 as TF32: expect three digits, not seven.
@@ -197,7 +212,7 @@ def triton(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, positions:
     if problem or kernel is None:
         raise RuntimeError(f"scan(implementation='triton') {problem}, or use implementation='auto'")
     history = torch.cumsum(positions <= 0, dim=1, dtype=torch.int32)  # [b, L], another number for another history
-    return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK, seq_idx=history)
+    return kernel(x, delta, a, B, C, chunk_size=KERNEL_CHUNK, seq_idx=history) + skip[..., None] * x
 
 
 def why_no_kernel(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -31,6 +31,7 @@ def cross_entropy(
     target_weighs_one: bool = True,
     scale: Tensor | float = 1.0,
     gradient: Tensor,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The loss summed over the examples, and its gradient by the users; that by the candidates is added to `gradient`.
 
@@ -39,12 +40,14 @@ def cross_entropy(
         target_weighs_one: an example's own target weighs 1 in its sum, whatever log_weights says.
         scale: what each example's gradient is multiplied with, [B] or one for all; the loss is not.
         gradient: [n, D].
+        workspace: what `scores_workspace` gave, used for the scores; None: a new one.
     """
+    workspace = scores_workspace(users) if workspace is None else workspace
     loss, d_users = users.new_zeros(()), torch.empty_like(users)
     scale = torch.as_tensor(scale, dtype=users.dtype, device=users.device).expand(len(users))[:, None] / temperature
     for rows in row_blocks(len(users), len(candidates), users.device):
         own = targets[rows, None]
-        scores = (users[rows] / temperature) @ candidates.T  # [r, n]
+        scores = _scores(users[rows], candidates, temperature, workspace)  # [r, n]
         target = scores.gather(1, own)  # [r, 1]
         if log_weights is not None:
             scores += log_weights
@@ -109,9 +112,25 @@ def sampled_weights(drawn: np.ndarray, probability: np.ndarray) -> np.ndarray:
         return np.log(drawn) - np.log(drawn.sum() * probability)
 
 
+def scores_workspace(users: Tensor) -> Tensor:
+    """Memory for the scores of a block, to use again and again: fresh pages cost more than the numbers in them."""
+    return users.new_empty(_at_once(users.device))
+
+
+def _scores(users: Tensor, candidates: Tensor, temperature: float, workspace: Tensor) -> Tensor:
+    """[r, n], in the workspace where they fit."""
+    shape = len(users), len(candidates)
+    out = workspace[: shape[0] * shape[1]].view(shape) if shape[0] * shape[1] <= len(workspace) else users.new_empty(shape)
+    return torch.mm(users / temperature, candidates.T, out=out)
+
+
+def _at_once(device: torch.device) -> int:
+    return SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"])
+
+
 def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
     """Ranges of rows of an array [rows, columns], each of at most SCORES_AT_ONCE elements (but one row at least)."""
-    step = max(1, SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"]) // columns)
+    step = max(1, _at_once(device) // columns)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -120,7 +139,8 @@ def _scores_of_block(
     users: Tensor, vectors: Tensor, block: slice, targets: Tensor, temperature: float
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows r of the users, their scores [r, n], the column of each target [r, 1] (0 where it is not here), and whether it is."""
+    workspace = scores_workspace(users)
     for rows in row_blocks(len(users), len(vectors), users.device):
         own = targets[rows, None] - block.start
         here = (own >= 0) & (own < len(vectors))
-        yield rows, (users[rows] / temperature) @ vectors.T, own.where(here, 0), here
+        yield rows, _scores(users[rows], vectors, temperature, workspace), own.where(here, 0), here
