@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mmm4rec.config import from_dict
-from mmm4rec.data.batches import DomainData, in_order
+from mmm4rec.data.batches import DomainData, cut, in_order
 from mmm4rec.data.domain import open_domain
 from mmm4rec.data.features import load_features
 from mmm4rec.errors import BadInput
@@ -25,7 +25,7 @@ from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device, domain_data
 from mmm4rec.training.checkpoint import load_model
-from mmm4rec.training.evaluate import EVALUATION_BATCH, Ranking
+from mmm4rec.training.evaluate import Ranking
 
 
 def open_model(
@@ -84,9 +84,10 @@ def recommend(
         raise BadInput(rule, file=domain.path / "users.parquet", remedy="Use ids of the source, as in users.parquet.")
     item_ids = domain.item_table()["item"].to_numpy()
     ranking = Ranking(model, data, device)
-    at_once = EVALUATION_BATCH if len(ranking.blocks) == 1 else 64 * EVALUATION_BATCH  # a larger catalogue is computed again each time
+    at_once = 1024 if data.features.one_block else 65_536  # users; a larger catalogue is computed again each time
     for block, ends in in_order(numbers, np.diff(domain.offsets)[numbers], at_once):
-        encoded = torch.cat([ranking.encode(data.inputs(*part)) for part in in_order(block, ends, EVALUATION_BATCH)])
+        parts = cut(np.minimum(ends, data.max_len), device)
+        encoded = torch.cat([ranking.encode(data.inputs(block[part], ends[part])) for part in parts])
         values, items = _best(ranking, encoded, block, ends, top)
         for user, best_items, best_values in zip(block, items, values, strict=True):
             kept = np.isfinite(best_values)  # not what is masked

@@ -79,7 +79,7 @@ def assert_same_gradients(ours: dict[str, Tensor], plain: dict[str, Tensor], tol
 @pytest.mark.parametrize("switches", [*SWITCHES, *MORE_SWITCHES], ids=str)
 def test_a_step_is_the_plain_step(make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch, switches: dict) -> None:
     """Loss and every gradient of three accumulated batches, in chunks that cut across them; and the ranks."""
-    monkeypatch.setattr(step, "POSITIONS_AT_ONCE", {"cpu": 150})
+    monkeypatch.setattr("mmm4rec.data.batches.POSITIONS_AT_ONCE", {"cpu": 150})
     monkeypatch.setattr("mmm4rec.training.losses.SCORES_AT_ONCE", {"cpu": 200})
     run = make_run(make_domain(), switches)
     data, plans = run.data[0], plans_of(run.data[0])
@@ -90,7 +90,7 @@ def test_a_step_is_the_plain_step(make_domain: Callable[..., Domain], monkeypatc
         (loss / (len(plan.users) if run.quirks.summed_accumulation else 120)).backward()
         plain_loss += loss.detach()
     plain = gradients(run)
-    assert step.add_gradient(run, plans) == pytest.approx(float(plain_loss), rel=1e-12)
+    assert step.add_gradient(run, step.prepare(run, plans, 0)) == pytest.approx(float(plain_loss), rel=1e-12)
     assert_same_gradients(gradients(run), plain)
     run.model.eval()
     users, ends = data.valid

@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
+
+POSITIONS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}  # of histories that are encoded together
 
 
 @dataclass(frozen=True)
@@ -280,3 +283,14 @@ def in_order(users: np.ndarray, ends: np.ndarray, batch_size: int) -> Iterator[t
     """Examples in blocks of batch_size, in their order."""
     for start in range(0, len(users), batch_size):
         yield users[start : start + batch_size], ends[start : start + batch_size]
+
+
+def cut(lengths: np.ndarray, device: torch.device) -> list[slice]:
+    """Ranges of examples with histories of these lengths that are encoded together: of about equally many positions."""
+    if not len(lengths):
+        return []
+    positions = np.cumsum(lengths)
+    parts = -(-int(positions[-1]) // POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]))
+    cuts = np.searchsorted(positions, positions[-1] / parts * np.arange(1, parts))
+    bounds = np.unique([0, *cuts, len(lengths)]).tolist()
+    return [slice(first, last) for first, last in pairwise(bounds)]

@@ -153,7 +153,8 @@ class TimeSSD(nn.Module):
 
     def forward(self, u: Tensor, tau: Tensor | None, packing: Packing, *, at_last: bool) -> tuple[Tensor, Tensor | None]:
         """u [W, Q, D], tau [B, H, T] or None -> output [W, Q, D], or [B, D] `at_last`, and the next layer's tau."""
-        config, activation = self.config, "silu"
+        config = self.config
+        activation: Activation = "silu"
         gate, x, B, C, step = zip(self.proj.weight.split(self.sizes), self.proj.bias.split(self.sizes), strict=True)  # a part each: cheaper
         x_conv, B_conv, C_conv = self.conv.split(self.sizes[1:4])
         delta = F.linear(u, *step)  # [W, Q, H]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 Activation = Literal["silu", "hardswish"]
 ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish}
+_INTO = {"silu": torch.ops.aten.silu.out, "hardswish": torch.ops.aten.hardswish.out}
 _DERIVATIVES = {"silu": torch.ops.aten.silu_backward, "hardswish": torch.ops.aten.hardswish_backward}  # (gradient, input)
 ELEMENTS_AT_ONCE = 2**19  # of an array of a block on a CPU
 
@@ -38,7 +39,7 @@ def causal_conv_at_last(recent: Tensor, exists: Tensor, weight: Tensor, bias: Te
 
 def gated_norm(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm of y * silu(gate): y [..., n, p], gate [..., c] and weight [c] -> [..., c]."""
-    return _GatedNorm.apply(y, gate, weight, eps)
+    return _GatedNorm.apply(y.to(weight.dtype), gate.to(weight.dtype), weight, eps)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -52,8 +53,8 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, taps, bias, exists)
         y = x.new_empty(W, heads, Q, c // heads)
         for block in _blocks(x):
-            z = ACTIVATIONS[activation](_convolve(x[block], taps, bias, exists[block]), inplace=True)
-            y[block] = z.unflatten(-1, (heads, -1)).transpose(1, 2)
+            z = _convolve(x[block], taps, bias, exists[block])  # [w, Q, c]
+            _INTO[activation](z.unflatten(-1, (heads, -1)).transpose(1, 2), out=y[block])
         return y.transpose(1, 2)
 
     @staticmethod

@@ -259,9 +259,11 @@ class MMM4Rec(Recommender):
             raw, present = features.rows(stream, ids)  # [n, F], 0 where absent, and [n]
             if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero
                 present = present | (features.numbers(ids, raw.device) == 0)
-            adapter = self.adapters[stream]
+            adapter, missing = self.adapters[stream], self.missing[stream]
+            assert isinstance(adapter, nn.Linear)
             known = torch.stack((present, ~present), dim=1).to(raw.dtype)  # [n, 2]
-            vectors = torch.addmm(known @ torch.stack((adapter.bias, self.missing[stream])), raw, adapter.weight.T)
+            projected = torch.addmm(known @ torch.stack((adapter.bias, missing)), raw, adapter.weight.T)
+            vectors = projected.to(raw.dtype)  # what follows is summed in full precision
         else:
             vectors = self.missing[stream].expand(len(features.numbers(ids)), -1)
         return vectors + rows_of(self.ids[stream], ids) if stream in self.ids else vectors

@@ -54,8 +54,9 @@ def scan(
 ) -> Tensor:
     """The scan. x [b, L, H, P], delta [b, L, H] >= 0, a [H] < 0, B and C [b, L, G, N] -> y [b, L, H, P].
 
-    skip [b, L, H]: the weight of x in the output of its own position, beside what the state gives; None: 0. positions [b, L] int: each position's place in its own history (`Packing`); a history reads no other. None: a row is
-    one history. Where it is -1 nothing stands, and y means nothing. `auto` is what `choose` names.
+    skip [b, L, H]: the weight of x in the output of its own position, beside what the state gives; None: 0.
+    positions [b, L] int: each position's place in its own history (`Packing`); a history reads no other. None: a row is
+    one history. Where it is -1 nothing stands, and y means nothing. `implementation`: `auto` is what `choose` names.
     Raises ValueError for another name, RuntimeError for `triton` where it cannot run.
     """
     name = choose(x.shape[1], x.device, x.dtype) if implementation == "auto" else implementation
@@ -137,8 +138,8 @@ def chunked(
     Q = math.ceil(L / K)
     x, delta, B, C, skip = (_split(part, K, Q) for part in (x, delta, B, C, skip))  # [b, K, Q, ...]
     positions = F.pad(positions, (0, K * Q - L), value=-1).unflatten(1, (K, Q))
-    inside = [part.flatten(0, 1) for part in (x, delta, B, C, skip, positions)]
-    y = quadratic(*inside[:2], a, *inside[2:]).unflatten(0, (b, K))
+    x_, delta_, B_, C_, skip_, positions_ = (part.flatten(0, 1) for part in (x, delta, B, C, skip, positions))
+    y = quadratic(x_, delta_, a, B_, C_, skip_, positions_).unflatten(0, (b, K))
     if K > 1:
         log_decay = _log_decay(delta.flatten(0, 1), a, positions.flatten(0, 1)).unflatten(0, (b, K))  # [b, K, Q, H]
         entering = _entering_states(x, delta, log_decay, B, positions)  # [b, K - 1, H, P, N]

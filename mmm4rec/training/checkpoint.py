@@ -6,7 +6,6 @@ Neither executes anything when it is opened: `last.ckpt` holds tensors and plain
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mmm4rec.config import from_dict, to_dict
-from mmm4rec.data.domain import write_atomically
+from mmm4rec.data.domain import replacing, write_atomically
 from mmm4rec.errors import BadInput
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training.loop import EpochReport, Run, RunState
@@ -54,9 +53,8 @@ def save_last(path: Path, run: Run, description: dict[str, Any]) -> None:
         "best_epoch": state.best_epoch,
         "history": [to_dict(report) for report in state.history],
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    with replacing(path) as file:
+        torch.save(content, file)
 
 
 def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmm4rec.data.batches import Batch, DomainData, in_order
+from mmm4rec.data.batches import Batch, DomainData, cut
 from mmm4rec.models.recommender import Catalogue, Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.losses import row_blocks
 from mmm4rec.training.metrics import outranked
 
-EVALUATION_BATCH = 1024
 OWN_TIE = 0.5  # a target equals itself: 1 + above + (equal - 1) / 2
 
 
@@ -39,8 +38,7 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
 
 def _ranks(model: Recommender, data: DomainData, users: np.ndarray, ends: np.ndarray, device: torch.device) -> np.ndarray:
     ranking = Ranking(model, data, device)
-    batches = (data.batch(*block) for block in in_order(users, ends, EVALUATION_BATCH))
-    encoded = torch.cat([ranking.encode(batch) for batch in batches])  # [U, D]
+    encoded = torch.cat([ranking.encode(data.batch(users[part], ends[part])) for part in cut(np.minimum(ends, data.max_len), device)])
     targets = data.domain.items[data.domain.offsets[users] + ends].astype(np.int64)
     items = torch.from_numpy(targets).to(device)[:, None]  # [U, 1]
     target, rank = encoded.new_empty(len(users), 1), torch.full((len(users),), OWN_TIE, dtype=torch.float64, device=device)

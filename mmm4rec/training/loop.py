@@ -7,7 +7,8 @@ worker) for dropout, never of a state: a resumed run draws what the uninterrupte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.optim import NAdam, Optimizer
 
-from mmm4rec.data.batches import DomainData, Plan, plan_epoch
+from mmm4rec.data.batches import DomainData, plan_epoch
 from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.training import distributed
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.metrics import METRIC_NAMES, mean_metrics
-from mmm4rec.training.step import add_gradient
+from mmm4rec.training.step import Part, add_gradient, ahead, prepare
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrainingConfig:
     accumulation: int = 8  # micro-batches an optimizer step
     learning_rate: float = 1e-4
     weight_decay: float = 6.25e-4
+    precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the matrix products of a training step; evaluation is float32
     patience: int = 10  # epochs without a better validation score before the run stops
     valid_metric: str = "ndcg@10"
     negatives: int = 8192  # with `sampled`: draws a micro-batch, with replacement
@@ -120,20 +122,38 @@ def _train_epoch(run: Run, epoch: int) -> float:
     """One pass over the examples; returns the mean loss."""
     plans = plan_epoch([data.train for data in run.data], run.config.batch_size, seed=run.seed, epoch=epoch)
     run.model.train()
-    total_loss = 0.0
-    for first in range(0, len(plans), run.config.accumulation):
-        total_loss += _optimizer_step(run, plans[first : first + run.config.accumulation])
+    total_loss, done, first_step = 0.0, 0, run.state.optimizer_steps
+    groups = [plans[first : first + run.config.accumulation] for first in range(0, len(plans), run.config.accumulation)]
+    prepared = (prepare(run, group, first_step + number) for number, group in enumerate(groups))
+    for group, parts in zip(groups, ahead(prepared, run.device), strict=True):
+        total_loss += _optimizer_step(run, parts)
         if not np.isfinite(total_loss):
             raise FloatingPointError(f"the loss is {total_loss} in epoch {epoch}, optimizer step {run.state.optimizer_steps}")
-        run.on_step(min(first + run.config.accumulation, len(plans)), len(plans))
+        run.on_step(done := done + len(group), len(plans))
     return total_loss / sum(len(plan.users) for plan in plans)
 
 
-def _optimizer_step(run: Run, plans: Sequence[Plan]) -> float:
-    """One step on the mean gradient over the examples of these micro-batches; returns their summed loss."""
+@contextmanager
+def matmul_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Matrix products in TF32, or the encoder's in bfloat16 and the loss's in TF32; sums, norms and weights stay float32.
+
+    TF32 is a GPU's; a CPU computes float32 instead.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest" if precision == "float32" else "high")
+    try:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _optimizer_step(run: Run, parts: Sequence[Part]) -> float:
+    """One step on the mean gradient over the examples of all workers; returns their summed loss."""
     assert run.optimizer is not None
     run.optimizer.zero_grad()
-    loss = add_gradient(run, plans)
+    with matmul_precision(run.config.precision, run.device):
+        loss = add_gradient(run, parts)
     distributed.sum_gradients(run.model.parameters())
     run.optimizer.step()
     run.state.optimizer_steps += 1

@@ -3,7 +3,7 @@
 Dimensions: B examples of a chunk, n candidates, I items, D width.
 
 Accumulated micro-batches are one sum over examples, so three things are free to choose, and chosen here:
-- Histories are encoded in chunks of about as many positions (`POSITIONS_AT_ONCE`), however the micro-batches cut them.
+- Histories are encoded in chunks of about as many positions (`cut`), however the micro-batches cut them.
 - Item vectors are computed once a step: the chunks read copies, whose gradients are summed and carried back together.
 - The scores never exist as a whole (losses.py). A catalogue of more than one block is never whole either: then the users
   are encoded first, the loss goes over the blocks, and every chunk is encoded again to carry its gradient back.
@@ -12,22 +12,26 @@ Accumulated micro-batches are one sum over examples, so three things are free to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmm4rec.data.batches import Batch, DomainData, Plan
+from mmm4rec.data.batches import Batch, DomainData, Plan, cut
+from mmm4rec.data.features import ItemFeatures
 from mmm4rec.models.recommender import Catalogue, Recommender
 from mmm4rec.training import distributed
-from mmm4rec.training.losses import cross_entropy, in_batch_weights, sampled_weights, streamed_cross_entropy
+from mmm4rec.training.losses import cross_entropy, in_batch_weights, sampled_weights, scores_workspace, streamed_cross_entropy
 
 if TYPE_CHECKING:
     from mmm4rec.training.loop import Run
 
-POSITIONS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}
+ITEMS_IN_CACHE = 4096  # items whose vectors are computed at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -41,25 +45,28 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Share:
-    """This worker's examples of one micro-batch; they and their scale are [B]."""
+class Part:
+    """Examples of one domain, in chunks, whose loss is over the same candidates."""
 
-    users: np.ndarray
-    ends: np.ndarray
-    scale: np.ndarray
+    domain: int
+    chunks: list[Chunk]
+    candidates: tuple[Tensor, Tensor] | None  # [n] items, ascending, and their log_weights [n]; None: all items, alike
 
 
-@dataclass
 class StepItems:
-    """Item vectors that the chunks of a step read, and the sum of their gradients."""
+    """Item vectors that the chunks of a step read, computed a block at a time, and the sum of their gradients."""
 
-    ids: Tensor | None  # [n] ascending; None: all, 0..I
-    catalogue: Catalogue  # with its graph
-    gradients: Catalogue = field(init=False)
+    def __init__(self, model: Recommender, features: ItemFeatures, ids: Tensor | None, device: torch.device) -> None:
+        """ids [n]: the items, ascending; None: all, 0..I."""
+        self.ids, step = ids, ITEMS_IN_CACHE if device.type == "cpu" else features.n_items + 1
+        numbers = range(0, features.n_items + 1, step)
+        blocks = [slice(first, first + step) for first in numbers] if ids is None else ids.split(step)
+        self._blocks = [model.items(features, block) for block in blocks]  # with their graphs
+        self.vectors, self.gradients = self._joined(torch.cat), self._joined(_zeros)
 
-    def __post_init__(self) -> None:
-        inputs = {name: torch.zeros_like(vectors) for name, vectors in self.catalogue.inputs.items()}
-        self.gradients = Catalogue(inputs, torch.zeros_like(self.catalogue.candidates))
+    def _joined(self, join: Callable[[list[Tensor]], Tensor]) -> Catalogue:
+        inputs = {name: join([block.inputs[name].detach() for block in self._blocks]) for name in self._blocks[0].inputs}
+        return Catalogue(inputs, join([block.candidates.detach() for block in self._blocks]))
 
     def rows(self, ids: Tensor) -> Tensor:
         return ids if self.ids is None else torch.searchsorted(self.ids, ids)
@@ -67,9 +74,9 @@ class StepItems:
     def encode(self, model: Recommender, chunk: Chunk) -> tuple[Tensor, Callable[[Tensor], None]]:
         """The users [B, D] of a chunk, and what carries their gradient back to the parameters and to these vectors."""
         rows = self.rows(chunk.ids)
-        copies = {name: vectors.detach()[rows].requires_grad_() for name, vectors in self.catalogue.inputs.items()}
+        copies = {name: vectors[rows].requires_grad_() for name, vectors in self.vectors.inputs.items()}
         torch.manual_seed(chunk.seed)
-        users = model.users(chunk.batch, Catalogue(copies, self.catalogue.candidates.detach()))
+        users = model.users(chunk.batch, Catalogue(copies, self.vectors.candidates))
 
         def carry_back(d_users: Tensor) -> None:
             users.backward(d_users)
@@ -81,58 +88,161 @@ class StepItems:
 
     def carry_back(self) -> None:
         """Carry the gradients that have come together on to the parameters."""
-        vectors = [*self.catalogue.inputs.values(), self.catalogue.candidates]
-        gradients = [*self.gradients.inputs.values(), self.gradients.candidates]
-        learned = [pair for pair in zip(vectors, gradients, strict=True) if pair[0].requires_grad]
-        torch.autograd.backward(*(list(part) for part in zip(*learned, strict=True)))
+        first = 0
+        for block in self._blocks:
+            rows = slice(first, first := first + len(block.candidates))
+            pairs = [(block.candidates, self.gradients.candidates[rows])]
+            pairs += [(vectors, self.gradients.inputs[name][rows]) for name, vectors in block.inputs.items()]
+            learned = [pair for pair in pairs if pair[0].requires_grad]
+            torch.autograd.backward([vectors for vectors, _ in learned], [gradient for _, gradient in learned])
 
 
-def add_gradient(run: Run, plans: Sequence[Plan]) -> float:
-    """Add the gradient of the mean loss over the examples of these micro-batches, this worker's part of it, to the parameters'.
+def _zeros(parts: list[Tensor]) -> Tensor:
+    return parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:])
 
-    Returns the loss summed over this worker's examples. With the quirk `summed_accumulation` the gradient is the sum of the
-    micro-batches' means.
+
+def prepare(run: Run, plans: Sequence[Plan], optimizer_step: int) -> list[Part]:
+    """What this worker reads in an optimizer step over these micro-batches: all that needs no weights, on the run's device.
+
+    Over all items, the micro-batches of a domain are one part. With the quirk `summed_accumulation` an example weighs as in
+    the sum of the micro-batches' means.
     """
+    seeds = np.random.SeedSequence([run.seed, optimizer_step, distributed.rank()])
     examples = sum(len(plan.users) for plan in plans)
-    loss, seed = torch.zeros((), dtype=torch.float64, device=run.device), _Seeds(run)
-    for number, data in enumerate(run.data):
-        own = [plan for plan in plans if plan.domain == number]
-        shares = [_share(plan, len(plan.users) if run.quirks.summed_accumulation else examples) for plan in own]
-        if not sum(len(share.users) for share in shares):
-            continue
+    mine = slice(distributed.rank(), None, distributed.world_size())
+    parts: list[Part] = []
+    for number, (domain, together) in enumerate(_together(plans, run.config.loss)):
+        users, ends = (np.concatenate([getattr(plan, name)[mine] for plan in together]) for name in ("users", "ends"))
+        weigh = [1 / (len(plan.users) if run.quirks.summed_accumulation else examples) for plan in together]
+        scale = np.repeat(weigh, [len(plan.users[mine]) for plan in together])
+        chunks = [
+            _chunk(run, run.data[domain], users[block], ends[block], scale[block], seeds.spawn(1)[0])
+            for block in cut(np.minimum(ends, run.data[domain].max_len), run.device)
+        ]
+        if chunks:
+            candidates = None if run.config.loss == "full" else _candidates(run, together[0], optimizer_step, number)
+            parts.append(Part(domain, chunks, candidates))
+    return parts
+
+
+def _together(plans: Sequence[Plan], loss: str) -> Iterator[tuple[int, list[Plan]]]:
+    """The domains with the micro-batches whose losses have the same candidates."""
+    by_domain = groupby(sorted(plans, key=attrgetter("domain")), key=attrgetter("domain"))
+    for domain, own in by_domain:
+        for together in [list(own)] if loss == "full" else ([plan] for plan in own):
+            yield domain, together
+
+
+def _chunk(run: Run, data: DomainData, users: np.ndarray, ends: np.ndarray, scale: np.ndarray, seed: np.random.SeedSequence) -> Chunk:
+    ids, batch = data.batch(users, ends).compact()
+    dropout_seed = int(seed.generate_state(1, np.uint64)[0])
+    return Chunk(ids.to(run.device), batch.to(run.device), torch.from_numpy(scale).to(run.device), dropout_seed)
+
+
+def _candidates(run: Run, plan: Plan, optimizer_step: int, number: int) -> tuple[Tensor, Tensor]:
+    """Items [n], ascending, and their log_weights [n]: the targets of a micro-batch, or those and a sample of all items.
+
+    The targets are those of all workers' shares: each worker computes their vectors itself, so that any number of workers
+    gives the gradient of one. An item is drawn with a probability that grows with how often it is a target, + 1, to the
+    power `negative_power`.
+    """
+    data = run.data[plan.domain]
+    targets = data.domain.items[data.domain.offsets[plan.users] + plan.ends].astype(np.int64)
+    items, counts = np.unique(targets, return_counts=True)
+    log_weights = in_batch_weights(counts)
+    if run.config.loss == "sampled":
+        random = np.random.default_rng([run.seed, optimizer_step, plan.domain, number])
+        upper = np.cumsum((data.target_counts[1:] + 1.0) ** run.config.negative_power)  # [I]
+        drawn = 1 + np.searchsorted(upper, random.random(run.config.negatives) * upper[-1], side="right")
+        items = np.union1d(items, drawn)
+        often = np.bincount(np.searchsorted(items, drawn), minlength=len(items))
+        log_weights = sampled_weights(often, np.diff(upper, prepend=0.0)[items - 1] / upper[-1])
+    return torch.from_numpy(items).to(run.device), torch.from_numpy(log_weights).to(run.device)
+
+
+def ahead(prepared: Iterator[list[Part]], device: torch.device) -> Iterator[list[Part]]:
+    """The same; while a GPU works on one, a thread makes the next."""
+    if device.type == "cpu":
+        yield from prepared
+        return
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        coming = loader.submit(next, prepared, None)
+        while (parts := coming.result()) is not None:
+            coming = loader.submit(next, prepared, None)
+            yield parts
+
+
+def add_gradient(run: Run, parts: Sequence[Part]) -> float:
+    """Add the gradient of the mean loss over a step's examples, this worker's part of it, to the parameters' gradients.
+
+    Returns the loss summed over this worker's examples.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=run.device)
+    for domain, own in groupby(parts, key=attrgetter("domain")):
+        data = run.data[domain]
         if run.config.loss != "full":
-            loss += _over_candidates(run, data, own, shares, seed)
+            loss += _over_candidates(run, data, list(own))
         elif data.features.one_block:
-            loss += _over_catalogue(run, data, _joined(shares), seed)
+            loss += _over_catalogue(run, data, next(own))
         else:
-            loss += _over_streamed_catalogue(run, data, _joined(shares), seed)
+            loss += _over_streamed_catalogue(run, data, next(own))
     return float(loss)
 
 
-def _over_catalogue(run: Run, data: DomainData, share: Share, seed: _Seeds) -> Tensor:
+def _over_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
     """The loss over all items, whose vectors are computed at once."""
-    items = StepItems(None, run.model.items(data.features))
-    first = 0 if run.quirks.padding_class else 1
-    candidates, gradient = items.catalogue.candidates.detach()[first:], items.gradients.candidates[first:]
-    loss = candidates.new_zeros(())
-    for chunk in _chunks(run, data, share, seed):
-        users, carry_back = items.encode(run.model, chunk)
-        targets, temperature = chunk.batch.targets - first, run.model.temperature
-        part, d_users = cross_entropy(users, candidates, targets, temperature=temperature, scale=chunk.scale, gradient=gradient)
-        carry_back(d_users)
-        loss += part
+    items, first = StepItems(run.model, data.features, None, run.device), 0 if run.quirks.padding_class else 1
+    candidates, gradient = items.vectors.candidates[first:], items.gradients.candidates[first:]
+    loss, workspace = candidates.new_zeros(()), scores_workspace(candidates)
+    for chunk in part.chunks:
+        loss += _through(run, items, chunk, candidates, chunk.batch.targets - first, gradient=gradient, workspace=workspace)
     items.carry_back()
     return loss
 
 
-def _over_streamed_catalogue(run: Run, data: DomainData, share: Share, seed: _Seeds) -> Tensor:
+def _over_candidates(run: Run, data: DomainData, parts: Sequence[Part]) -> Tensor:
+    """The loss of each part over its own candidates."""
+    of_parts = [part.candidates for part in parts if part.candidates is not None]
+    ids = torch.cat([columns for columns, _ in of_parts] + [chunk.ids for part in parts for chunk in part.chunks]).unique()
+    items = StepItems(run.model, data.features, ids, run.device)
+    loss, workspace = items.vectors.candidates.new_zeros(()), scores_workspace(items.vectors.candidates)
+    for (columns, log_weights), part in zip(of_parts, parts, strict=True):
+        rows = items.rows(columns)
+        candidates = items.vectors.candidates[rows]  # [n, D]
+        gradient = torch.zeros_like(candidates)
+        for chunk in part.chunks:
+            loss += _through(
+                run,
+                items,
+                chunk,
+                candidates,
+                torch.searchsorted(columns, chunk.batch.targets),
+                log_weights=log_weights.to(candidates.dtype),
+                target_weighs_one=not (run.config.loss == "in_batch" and run.quirks.duplicate_negatives),
+                gradient=gradient,
+                workspace=workspace,
+            )
+        items.gradients.candidates.index_add_(0, rows, gradient)
+    items.carry_back()
+    return loss
+
+
+def _through(run: Run, items: StepItems, chunk: Chunk, candidates: Tensor, targets: Tensor, **told: Any) -> Tensor:
+    """Encode a chunk, take its loss, carry its gradient back; returns the loss."""
+    users, carry_back = items.encode(run.model, chunk)
+    loss, d_users = cross_entropy(users, candidates, targets, temperature=run.model.temperature, scale=chunk.scale, **told)
+    carry_back(d_users)
+    return loss
+
+
+def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
     """The loss over all items, whose vectors are computed block by block; every chunk is encoded twice, with the same dropout."""
-    model, features, chunks = run.model, data.features, list(_chunks(run, data, share, seed))
+    model, features, chunks = run.model, data.features, part.chunks
     ids = torch.cat([chunk.ids for chunk in chunks]).unique()
-    items = StepItems(ids, model.items(features, ids))
+    items = StepItems(model, features, ids, run.device)
     with torch.no_grad():
         users = torch.cat([items.encode(model, chunk)[0] for chunk in chunks])
-    targets, scale = (torch.cat(parts) for parts in zip(*((chunk.batch.targets, chunk.scale) for chunk in chunks), strict=True))
+    targets, scale = torch.cat([chunk.batch.targets for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks])
     blocks = features.blocks()
     if run.quirks.padding_class:
         blocks[0] = slice(0, blocks[0].stop)
@@ -143,87 +253,3 @@ def _over_streamed_catalogue(run: Run, data: DomainData, share: Share, seed: _Se
         items.encode(model, chunk)[1](gradient)
     items.carry_back()
     return loss
-
-
-def _over_candidates(run: Run, data: DomainData, plans: Sequence[Plan], shares: Sequence[Share], seed: _Seeds) -> Tensor:
-    """The loss of each micro-batch over its own candidates: the targets of all workers' shares, and with `sampled` a sample of items.
-
-    Each worker knows them from the plan and computes their vectors itself, so that any number of workers gives the gradient
-    of one.
-    """
-    of_plans = [_candidates(run, data, plan, number) for number, plan in enumerate(plans)]
-    chunks = [list(_chunks(run, data, share, seed)) for share in shares]
-    needed = [torch.from_numpy(ids).to(run.device) for ids, _ in of_plans] + [chunk.ids for part in chunks for chunk in part]
-    ids = torch.cat(needed).unique()
-    items = StepItems(ids, run.model.items(data.features, ids))
-    loss = items.catalogue.candidates.new_zeros(())
-    for (_, log_weights), columns, part in zip(of_plans, needed, chunks, strict=False):
-        rows = items.rows(columns)
-        candidates = items.catalogue.candidates.detach()[rows]  # [n, D]
-        gradient, weights = torch.zeros_like(candidates), torch.from_numpy(log_weights).to(candidates)
-        for chunk in part:
-            users, carry_back = items.encode(run.model, chunk)
-            part_loss, d_users = cross_entropy(
-                users,
-                candidates,
-                torch.searchsorted(columns, chunk.batch.targets),
-                temperature=run.model.temperature,
-                log_weights=weights,
-                target_weighs_one=not (run.config.loss == "in_batch" and run.quirks.duplicate_negatives),
-                scale=chunk.scale,
-                gradient=gradient,
-            )
-            carry_back(d_users)
-            loss += part_loss
-        items.gradients.candidates.index_add_(0, rows, gradient)
-    items.carry_back()
-    return loss
-
-
-def _candidates(run: Run, data: DomainData, plan: Plan, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Items [n], ascending, and their log_weights [n]: the targets of a micro-batch, or those and a sample of all items.
-
-    An item is drawn with a probability that grows with how often it is a target, + 1, to the power `negative_power`.
-    """
-    targets = data.domain.items[data.domain.offsets[plan.users] + plan.ends].astype(np.int64)
-    if run.config.loss == "in_batch":
-        items, counts = np.unique(targets, return_counts=True)
-        return items, in_batch_weights(counts)
-    random = np.random.default_rng([run.seed, run.state.optimizer_steps, plan.domain, number])
-    upper = np.cumsum((data.target_counts[1:] + 1.0) ** run.config.negative_power)  # [I]
-    drawn = 1 + np.searchsorted(upper, random.random(run.config.negatives) * upper[-1], side="right")
-    items, often = np.unique(np.concatenate([targets, drawn]), return_counts=True)
-    often -= np.bincount(np.searchsorted(items, targets), minlength=len(items))
-    return items, sampled_weights(often, np.diff(upper, prepend=0.0)[items - 1] / upper[-1])
-
-
-def _share(plan: Plan, examples: int) -> Share:
-    mine = slice(distributed.rank(), None, distributed.world_size())
-    return Share(plan.users[mine], plan.ends[mine], np.full(len(plan.users[mine]), 1 / examples))
-
-
-def _joined(shares: Sequence[Share]) -> Share:
-    return Share(*(np.concatenate(parts) for parts in zip(*(vars(share).values() for share in shares), strict=True)))
-
-
-def _chunks(run: Run, data: DomainData, share: Share, seed: _Seeds) -> Iterator[Chunk]:
-    """The examples in their order, cut where about equally many positions have passed."""
-    positions = np.cumsum(np.minimum(share.ends, data.max_len))
-    if not len(positions):
-        return
-    parts = -(-positions[-1] // POSITIONS_AT_ONCE.get(run.device.type, POSITIONS_AT_ONCE["cpu"]))
-    cuts = np.searchsorted(positions, positions[-1] / parts * np.arange(1, parts))
-    for users, ends, scale in zip(*(np.split(part, cuts) for part in vars(share).values()), strict=True):
-        if len(users):
-            ids, batch = data.batch(users, ends).compact()
-            yield Chunk(ids.to(run.device), batch.to(run.device), torch.from_numpy(scale).to(run.device), seed.next())
-
-
-class _Seeds:
-    """The seeds of an optimizer step's chunks: a function of (seed, optimizer step, worker), so that a resumed run draws the same."""
-
-    def __init__(self, run: Run) -> None:
-        self._of = np.random.SeedSequence([run.seed, run.state.optimizer_steps, distributed.rank()])
-
-    def next(self) -> int:
-        return int(self._of.spawn(1)[0].generate_state(1, np.uint64)[0])
