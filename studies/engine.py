@@ -92,6 +92,8 @@ def run_trial(config: dict[str, Any]) -> None:
     Only one process works in a trial's folder: a worker that outlives a killed driver keeps the next one waiting.
     """
     torch.set_num_threads(config["cpus"])
+    if 0 < config["gpus"] < 1:  # trials that share a GPU keep to their part of its memory
+        torch.cuda.set_per_process_memory_fraction(config["gpus"])
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
     with locked(out / ".lock", wait=True):
@@ -203,7 +205,7 @@ def run_cells(
     def launch(trial: Trial) -> dict[str, Any]:
         run = to_dict(run_config(plan.cells[trial.cell], trial, pretrained))
         out = (folder / "trials" / trial.trial_key).resolve()
-        return {"trial_key": trial.trial_key, "out": str(out), "run": run, "cpus": resources.cpus}
+        return {"trial_key": trial.trial_key, "out": str(out), "run": run, "cpus": resources.cpus, "gpus": resources.gpus}
 
     scheduler = StudyScheduler(plan, suggestions, tracker, Progress(plan))
     storage = (folder / "ray").resolve()

@@ -257,7 +257,8 @@ def _epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) ->
 
 
 def _result_metrics(result: Mapping[str, Any], steps: int, timestamp_ms: int) -> list[Metric]:
-    """The metrics at the best epoch, at that epoch's optimizer step."""
+    """The metrics at the best epoch, at that epoch's optimizer step; and the most memory that the run held."""
     values = {f"best_valid {name}": value for name, value in result["valid"].items()}
     values |= {f"test {name}": value for name, value in result.get("test", {}).items()}
+    values |= {"peak_memory_bytes": result["peak_memory_bytes"]} if "peak_memory_bytes" in result else {}
     return [Metric(mlflow_name(name), float(value), timestamp_ms, steps) for name, value in values.items()]

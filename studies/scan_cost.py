@@ -113,6 +113,12 @@ def forward_backward(function: Scan, parts: tuple[Tensor, ...]) -> None:
     torch.autograd.grad(function(*parts).sum(), parts)
 
 
+def in_chunks(chunk: int, x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
+    """`scan` by `chunked` with chunks of this size: each row is one history, and nothing is skipped."""
+    positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return chunked(x, delta, a, B, C, torch.zeros_like(delta), positions, chunk=chunk)
+
+
 def seconds(functions: dict[str, Scan], cases: Sequence[tuple[int, int]], repeats: int, device: torch.device) -> dict[Point, list[float]]:
     """Seconds of forward and backward of every function at every case (b, L).
 
@@ -219,7 +225,7 @@ def _tabled(rows: list[dict], repeats: int, device: torch.device) -> pd.DataFram
 
 def measure_constants(repeats: int, device: torch.device) -> pd.DataFrame:
     """Time of quadratic and of chunked at several chunk sizes: a row a batch size, length and function."""
-    functions: dict[str, Scan] = {str(chunk): partial(chunked, chunk=chunk) for chunk in CONSTANT_CHUNKS}
+    functions: dict[str, Scan] = {str(chunk): partial(in_chunks, chunk) for chunk in CONSTANT_CHUNKS}
     cases = [(b, L) for b in CONSTANT_BATCHES for L in CONSTANT_LENGTHS]
     taken = seconds({"": partial(scan, implementation="quadratic")} | functions, cases, repeats, device)
     rows = [

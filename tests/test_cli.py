@@ -84,6 +84,8 @@ def test_print_config_shows_every_key_and_trains_nothing(tmp_path: Path, capsys:
         (["--set", "model.width=three"], "'model.width' is 'three'; it must be a whole number"),
         (["--set", "model.filter_size=99"], "filter_size is 99; with max_len 20 it must be in 1..11"),
         (["--set", "training.valid_metric=auc"], "valid_metric is 'auc'"),
+        (["--set", "training.loss=sampled", "training.negatives=0"], "negatives is 0; it must be at least 1"),
+        (["--set", "training.precision=fp8"], "'training.precision' is 'fp8'; it must be 'float32' or 'tf32' or 'bf16'"),
         (["--set", "model.width"], "'model.width' is no assignment"),
         (["--set", "model.width=["], "has a value that is not YAML"),
         (["--seed", "-1"], "seed is -1; it must be at least 0"),

@@ -90,9 +90,9 @@ class ReadsTargets(MMM4Rec):
         return super().users(batch, catalogue) + 1e-6 * catalogue.candidates[batch.targets]
 
 
-class AveragesAllPositions(MMM4Rec):
+class AveragesAllPositions(MMM4Rec):  # of a window
     def users(self, batch: Batch, catalogue: Catalogue) -> torch.Tensor:
-        return torch.cat([catalogue.candidates[group.items].mean(1) for group in batch.groups])
+        return catalogue.candidates[batch.items].mean(1)[batch.packing.last // batch.items.shape[1]]
 
 
 class CentresTheBatch(MMM4Rec):
@@ -103,15 +103,15 @@ class CentresTheBatch(MMM4Rec):
 
 class ReadsPaddedGaps(MMM4Rec):
     def users(self, batch: Batch, catalogue: Catalogue) -> torch.Tensor:
-        pauses = torch.cat([group.gap_seconds.double().sum(1) for group in batch.groups if group.gap_seconds is not None])
-        return super().users(batch, catalogue) * (1 + 1e-9 * pauses[:, None])
+        assert batch.gap_seconds is not None
+        return super().users(batch, catalogue) * (1 + 1e-9 * batch.gap_seconds.double().sum(1)[:, None])
 
 
 @pytest.mark.parametrize(
     ("broken", "leaks"),
     [
         (ReadsTargets, (ITEM,)),
-        (AveragesAllPositions, (PADDING, BATCH)),  # alone, an example's group has no padding
+        (AveragesAllPositions, (PADDING, BATCH)),  # alone, an example fills its window
         (CentresTheBatch, (BATCH,)),
         (ReadsPaddedGaps, (PADDING,)),
     ],

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODEL
+from torch.nn import functional as F
 
-from mmm4rec.data.batches import Batch, make_batch
+from mmm4rec.data.batches import Batch, Packing, make_batch
 from mmm4rec.data.domain import Domain
-from mmm4rec.data.features import ItemFeatures, load_features
+from mmm4rec.data.features import ItemFeatures, add_features, load_features
 from mmm4rec.models.blocks import FourierFilter
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.quirks import Quirks
@@ -59,22 +60,35 @@ def score(model: MMM4Rec, features: ItemFeatures, batch: Batch) -> torch.Tensor:
     return model.scores(model.users(batch, catalogue), catalogue)
 
 
-@pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_grouping_and_padding_change_no_score(make_domain: Callable[..., Domain], switches: dict) -> None:
-    """A batch scores as its examples do alone, at full padded length and with other items in the padding."""
+def filled(batch: Batch, item: int = 5) -> Batch:
+    """The batch in windows two positions longer in front and three behind, with an item wherever no history stands."""
+    packing, Q = batch.packing, batch.items.shape[1]
+    positions = F.pad(packing.positions, (2, 3), value=-1)  # [W, Q + 5]
+    items = F.pad(batch.items, (2, 3)).where(positions >= 0, item)
+    last = packing.last // Q * (Q + 5) + packing.last % Q + 2
+    return replace(batch, items=items, packing=Packing(positions, F.pad(packing.examples, (2, 3)), last, packing.lengths))
+
+
+@pytest.mark.parametrize("switches", [*SWITCHES, *({"scan": name, "layers": 2} for name in ("recurrence", "chunked"))], ids=str)
+def test_packing_and_padding_change_no_score(make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch, switches: dict) -> None:
+    """A batch scores as its examples do alone, in another order, and with other items and wider windows around the histories."""
+    monkeypatch.setattr("mmm4rec.models.ssd.CHUNK", 3)  # several chunks a window
     domain = make_domain()
     model, features = build(domain, **switches)
     users, ends = domain.examples("test")
     batch = make_batch(domain, users, ends, max_len=8, time=True)
-    assert len(batch.groups) > 2
+    assert len(batch.items) < len(batch)
+    assert (batch.packing.positions < 0).any()
     together = score(model, features, batch)
+    torch.testing.assert_close(score(model, features, filled(batch)), together, rtol=1e-10, atol=1e-10)
+    order = np.random.default_rng(1).permutation(len(users))
+    shuffled = make_batch(domain, users[order], ends[order], max_len=8, time=True)
+    assert not torch.equal(shuffled.packing.last, batch.packing.last[torch.from_numpy(order)])
+    torch.testing.assert_close(score(model, features, shuffled), together[torch.from_numpy(order)], rtol=1e-10, atol=1e-10)
     for row in range(0, len(batch), 7):
-        user = batch.users[row : row + 1]
-        alone = make_batch(domain, user, ends[user], max_len=8, time=True).groups[0]
-        padded = torch.full((1, 8), 5)
-        padded[:, : alone.items.shape[1]] = alone.items
-        stretched = Batch((replace(alone, items=padded),), torch.zeros(1, dtype=torch.long), user, ends[user])
-        torch.testing.assert_close(score(model, features, stretched)[0], together[row], rtol=1e-10, atol=1e-10)
+        alone = make_batch(domain, users[row : row + 1], ends[row : row + 1], max_len=8, time=True)
+        for changed in (alone, filled(alone)):
+            torch.testing.assert_close(score(model, features, changed)[0], together[row], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
@@ -96,19 +110,19 @@ def test_time_gaps_change_the_score(make_domain: Callable[..., Domain]) -> None:
     domain = make_domain()
     model, features = build(domain)
     batch = make_batch(domain, *domain.examples("test"), max_len=8, time=True)
-    groups = tuple(replace(group, gap_seconds=group.gap_seconds * 100) for group in batch.groups if group.gap_seconds is not None)
-    longer = score(model, features, replace(batch, groups=groups))
-    changed = (longer - score(model, features, batch)).abs().amax(1) > 1e-6
-    assert changed[batch.groups[0].lengths.numel() :].all()
+    assert batch.gap_seconds is not None
+    longer = score(model, features, replace(batch, gap_seconds=batch.gap_seconds * 100))
+    assert batch.packing.lengths.min() > 1  # a history of one item has no gap
+    assert ((longer - score(model, features, batch)).abs().amax(1) > 1e-6).all()
 
 
 def test_missing_modality_is_the_learned_vector(make_domain: Callable[..., Domain]) -> None:
     """An item without a picture, and a domain without pictures, stand where the learned vector stands."""
     domain = make_domain()
+    vectors, present = np.load(domain.path / "features" / "image.npy"), np.arange(1, 31) != 5
+    add_features(domain, "image", vectors, present, encoder="random-image", force=True)
     model, features = build(domain, ids=False)
-    present = {**features.present, "image": features.present["image"].clone()}
-    present["image"][5] = False
-    absent_item = model.items(replace(features, present=present)).inputs["image"]
+    absent_item = model.items(features).inputs["image"]
     torch.testing.assert_close(absent_item[5], model.missing["image"])
     assert not torch.equal(absent_item[6], model.missing["image"])
     only_text = replace(features, vectors={"text": features.vectors["text"]}, present={"text": features.present["text"]})
@@ -135,10 +149,10 @@ def test_small_filter_is_a_low_pass() -> None:
 
 
 def test_compact_batch_names_the_same_items(make_domain: Callable[..., Domain]) -> None:
+    """The histories' items become rows of the list; the targets stay items."""
     domain = make_domain()
     batch = make_batch(domain, *domain.examples("valid"), max_len=8, time=False)
     ids, compact = batch.compact()
-    assert torch.equal(ids, ids.unique())
-    for group, rows in zip(batch.groups, compact.groups, strict=True):
-        assert torch.equal(ids[rows.items], group.items)
-    assert torch.equal(ids[compact.targets], batch.targets)
+    assert torch.equal(ids, batch.items.unique())
+    assert torch.equal(ids[compact.items], batch.items)
+    assert torch.equal(compact.targets, batch.targets)

@@ -22,7 +22,7 @@ from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.models.published import from_published, published_scores, to_published
 from mmm4rec.models.quirks import NONE
 from mmm4rec.training.checkpoint import load_model
-from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
+from mmm4rec.training.losses import cross_entropy, in_batch_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 VARIANTS = sorted(path.stem for path in GOLDEN.glob("fused_*.npz"))
@@ -61,10 +61,9 @@ def test_every_golden_number(variant: str) -> None:
     np.testing.assert_allclose(users, golden["f64.seq_output"], rtol=0, atol=1e-9)
     np.testing.assert_allclose(scores, golden["f64.scores"], rtol=0, atol=1e-9)
     for loss_name, norm_name in (("ce_loss", "grad_norm"), ("in_batch_loss", "in_batch_grad_norm")):
-        loss = published_loss(model, variant, in_batch=loss_name == "in_batch_loss")
-        np.testing.assert_allclose(loss.item(), golden[f"f64.{loss_name}"], rtol=0, atol=1e-9)
         model.zero_grad()
-        loss.backward()
+        loss = published_loss(model, variant, in_batch=loss_name == "in_batch_loss")
+        np.testing.assert_allclose(loss, golden[f"f64.{loss_name}"], rtol=0, atol=1e-9)
         norms = published_gradient_norms(model)
         named = zip(golden["grad_names"], golden[f"f64.{norm_name}"], strict=True)
         expected = {str(name).split("__")[0]: norm for name, norm in named}
@@ -77,16 +76,27 @@ def scores_of(model: MMM4Rec, variant: str = "") -> Tensor:
     return published_scores(model, ITEMS, LENGTHS, stamps(variant))[1].detach()
 
 
-def published_loss(model: MMM4Rec, variant: str, *, in_batch: bool) -> Tensor:
-    """The release's mean losses, by the functions that train: over all rows with padding, or over the batch's targets."""
+def published_loss(model: MMM4Rec, variant: str, *, in_batch: bool) -> float:
+    """The release's mean losses, by the function that trains: over all rows with padding, or over the batch's targets.
+
+    Its gradient is added to the parameters' gradients.
+    """
     assert model.features is not None
-    quirks, (users, scores) = model.config.quirks, published_scores(model, ITEMS, LENGTHS, stamps(variant))
-    if not in_batch:
-        return full_cross_entropy(scores, LABELS, padding_class=quirks.padding_class) / len(LABELS)
-    candidates, columns, counts = LABELS.unique(return_inverse=True, return_counts=True)
-    assert counts.max() > 1
-    scores = model.scores(users, model.items(model.features, candidates))
-    return in_batch_cross_entropy(scores, columns, counts, duplicate_negatives=quirks.duplicate_negatives) / len(LABELS)
+    quirks, (users, _) = model.config.quirks, published_scores(model, ITEMS, LENGTHS, stamps(variant))
+    told: dict[str, Any] = {"temperature": model.temperature, "scale": 1 / len(LABELS)}
+    if in_batch:
+        ids, targets, counts = LABELS.unique(return_inverse=True, return_counts=True)
+        assert counts.max() > 1
+        candidates = model.items(model.features, ids).candidates
+        told |= {"log_weights": torch.from_numpy(in_batch_weights(counts.numpy())), "target_weighs_one": not quirks.duplicate_negatives}
+    else:
+        first = 0 if quirks.padding_class else 1
+        candidates, targets = model.items(model.features).candidates[first:], LABELS - first
+    gradient = torch.zeros_like(candidates)
+    with torch.no_grad():
+        loss, d_users = cross_entropy(users, candidates, targets, gradient=gradient, **told)
+    torch.autograd.backward([users, candidates], [d_users, gradient])
+    return float(loss) / len(LABELS)
 
 
 def published_gradient_norms(model: MMM4Rec) -> dict[str, float]:

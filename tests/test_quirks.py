@@ -14,7 +14,7 @@ from conftest import TINY_MODEL
 from torch import Tensor, nn
 
 from mmm4rec.config import from_dict
-from mmm4rec.data.batches import TimeView, make_batch
+from mmm4rec.data.batches import Plan, TimeView, make_batch, pack, plan_epoch
 from mmm4rec.data.domain import Domain
 from mmm4rec.execute import execute
 from mmm4rec.inference import recommend
@@ -22,8 +22,9 @@ from mmm4rec.models.blocks import Scan
 from mmm4rec.models.mmm4rec import ModelConfig, TimeInput, masked_norm
 from mmm4rec.models.quirks import Quirks
 from mmm4rec.run import RunConfig, assemble
-from mmm4rec.training import loop
 from mmm4rec.training.evaluate import evaluate
+from mmm4rec.training.loop import _optimizer_step
+from mmm4rec.training.step import add_gradient, prepare
 
 HOUR = 3600
 
@@ -62,20 +63,17 @@ def test_a_batch_shows_the_stamps_of_its_view(make_domain: Callable[..., Domain]
     domain = make_domain()
     assert domain.timestamps is not None
     batch = make_batch(domain, *domain.examples("train"), max_len=5, time=True, view=view)
-    row = 0
-    for group in batch.groups:
-        assert group.gap_seconds is not None
-        for length, gaps in zip(group.lengths.tolist(), group.gap_seconds, strict=True):
-            first = domain.offsets[batch.users[row]] + batch.ends[row] - length
-            laid_out = np.zeros(5, dtype=np.int64)
-            laid_out[: length + 1] = domain.timestamps[first : first + length + 1][:5]
-            expected, _ = view.gaps(laid_out[None], np.array([length]))
-            np.testing.assert_array_equal(gaps, expected[0].astype(np.float32))
-            row += 1
-    assert row == len(batch)
+    assert batch.gap_seconds is not None
+    assert len(batch.gap_seconds) == len(batch)
+    for user, end, length, gaps in zip(batch.users, batch.ends, batch.packing.lengths.tolist(), batch.gap_seconds, strict=True):
+        first = domain.offsets[user] + end - length
+        laid_out = np.zeros(5, dtype=np.int64)
+        laid_out[: length + 1] = domain.timestamps[first : first + length + 1][:5]
+        expected, _ = view.gaps(laid_out[None], np.array([length]))
+        np.testing.assert_array_equal(gaps, expected[0].astype(np.float32))
     history = make_batch(domain, np.array([3]), np.array([4]), max_len=8, time=True, view=view, with_targets=False)
-    assert history.groups[0].gap_seconds is not None
-    assert history.groups[0].gap_seconds[0, 4] == (-float(domain.timestamps[domain.offsets[3] + 3]) if view.zero_stamps else 0)
+    assert history.gap_seconds is not None
+    assert history.gap_seconds[0, 4] == (-float(domain.timestamps[domain.offsets[3] + 3]) if view.zero_stamps else 0)
 
 
 def test_real_gaps_survive_the_log_and_drown_in_the_release() -> None:
@@ -114,22 +112,22 @@ def test_the_skip_reads_its_input_or_its_input_times_the_step() -> None:
     """With nothing to read in C the scan gives 0 and the skip alone is left, under the RMS norm."""
     config = ModelConfig(**TINY_MODEL)  # type: ignore[arg-type]
     E, H = config.ssd.inner, config.heads
-    x, step, gate, nothing = torch.randn(2, 3, E), torch.randn(2, 3, H), torch.randn(2, 3, E), torch.zeros(2, 3, H * config.state)
+    x, step, gate, nothing = torch.randn(2, 3, E), torch.randn(2, 3, H), torch.randn(2, 3, E), torch.zeros(2, 3, H, config.state)
+    written, (_, packing) = x.unflatten(-1, (H, -1)), pack(np.ones(6, dtype=np.int64), np.array([3, 3]))
     for scaled in (False, True):
         torch.manual_seed(0)
         scan = Scan(replace(config, quirks=Quirks(scaled_skip=scaled)).ssd)
         delta = nn.functional.softplus(step + scan.step_bias).repeat_interleave(config.head_width, dim=-1)
         skipped = (x * delta if scaled else x) * nn.functional.silu(gate)
         expected = scan.out(nn.functional.rms_norm(skipped, (E,), eps=1e-5))
-        torch.testing.assert_close(scan(x, nothing, nothing, step, gate), expected)
+        torch.testing.assert_close(scan(written, nothing, step, nothing, gate, packing, at_last=False), expected)
+        last = scan(written, nothing, step, nothing[:, -1], gate[:, -1], packing, at_last=True)
+        torch.testing.assert_close(last, expected[:, -1])
 
 
 def first_gradients(config: RunConfig) -> dict[str, Tensor]:
     run = assemble(config).run
-    plan = loop.plan_epoch([run.data[0].train], 10_000, seed=0, epoch=1)[0]
-    loss = loop._summed_loss(run, plan)
-    assert loss is not None
-    (loss / len(plan.users)).backward()
+    add_gradient(run, prepare(run, plan_epoch([run.data[0].train], 10_000, seed=0, epoch=1), 0))
     return {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
 
 
@@ -147,9 +145,9 @@ def weights_after(config: RunConfig, steps: int = 4) -> dict[str, nn.Parameter]:
     run.model.double().train()
     run.data = [replace(data, features=data.features.to(run.device, torch.float64)) for data in run.data]
     users, ends = run.data[0].train
-    plans = [loop.Plan(0, users[i : i + 16], ends[i : i + 16]) for i in range(0, 32 * steps, 16)]
-    for i in range(0, len(plans), 2):
-        loop._optimizer_step(run, plans[i : i + 2])
+    plans = [Plan(0, users[i : i + 16], ends[i : i + 16]) for i in range(0, 32 * steps, 16)]
+    for step in range(steps):
+        _optimizer_step(run, prepare(run, plans[2 * step : 2 * step + 2], step))
     return dict(run.model.named_parameters())
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TINY_MODEL
 from test_model import SWITCHES, build
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmm4rec.data.batches import DomainData, Plan
 from mmm4rec.data.domain import Domain
-from mmm4rec.data.features import ItemFeatures
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.quirks import Quirks
 from mmm4rec.run import DataConfig, RunConfig, domain_data
-from mmm4rec.training import evaluate as evaluation
 from mmm4rec.training import step
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import Run, TrainingConfig

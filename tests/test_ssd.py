@@ -1,4 +1,7 @@
-"""The scan: every implementation is the recurrence, in numbers and in gradients, and `auto` takes the one that it says."""
+"""The scan: every implementation is the recurrence, in numbers and in gradients, for each of the histories of a row.
+
+And `auto` takes the one that it says.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmm4rec.data.batches import pack
 from mmm4rec.models import ssd
-from mmm4rec.models.ssd import CHUNK, KERNEL_FROM, QUADRATIC_UP_TO, choose, chunked, quadratic, recurrence, scan
+from mmm4rec.models.ssd import CHUNK, KERNEL_FROM, QUADRATIC_UP_TO, choose, chunked, quadratic, recurrence, scan, summands_at_end
 
 H, P, N = 4, 5, 6
 Q = 8  # a small chunk, and the lengths around it
@@ -24,22 +29,57 @@ FAST: list[tuple[Callable[..., Tensor], int]] = [
     *((partial(chunked, chunk=Q), length) for length in sorted(set(SMALL))),
     *((chunked, length) for length in REAL),
 ]
-NAMES = ("x", "delta", "a", "B", "C")
+NAMES = ("x", "delta", "a", "B", "C", "skip")
+Layout = tuple[int, ...]  # the lengths of what stands in a row, one behind the other: a history, or, below 0, nothing
+PACKED: list[tuple[Callable[..., Tensor], tuple[Layout, ...]]] = [  # three rows of one length each
+    *(
+        (function, rows)
+        for function in (recurrence, quadratic, partial(chunked, chunk=Q))
+        for rows in (
+            ((24,), (8, 8, 8), (-24,)),  # with chunks of Q: one history across all borders, one between each two, none
+            ((3, 5, 16), (16, 8), (-8, 16)),  # a history over two whole chunks, and one that ends before it
+            ((5, -2, 10, 7), (-3, 1, 1, 13, -6), (9, 15)),  # histories end before and after borders, and begin in the first position
+            ((7, 1, -7, 1, 8), (-7, 1, 8, -8), (17, -7)),  # a history's last position before a border; its first one behind it
+            ((-1, 18), (1,) * 19, (12, 4, 3)),  # a chunk that is filled up
+        )
+    ),
+    (chunked, ((3 * CHUNK - 5,), (CHUNK - 9, 2 * CHUNK + 4), (-7, CHUNK, 20, -CHUNK, 32))),
+]
 
 
 def make(length: int, groups: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, delta, a, B, C of three examples; every one of them asks for a gradient."""
+    """x, delta, a, B, C, skip of three examples; every one of them asks for a gradient."""
     generator = torch.Generator().manual_seed(0)
     draw = partial(torch.randn, generator=generator, dtype=torch.float64)
     delta = F.softplus(draw(3, length, H))
     a = -torch.rand(H, generator=generator, dtype=torch.float64) - 0.01
-    parts = (draw(3, length, H, P), delta, a, draw(3, length, groups, N), draw(3, length, groups, N))
+    parts = (draw(3, length, H, P), delta, a, draw(3, length, groups, N), draw(3, length, groups, N), draw(3, length, H))
     return tuple(part.to(dtype).requires_grad_() for part in parts)
 
 
-def assert_same(function: Callable[..., Tensor], parts: tuple[Tensor, ...], rtol: float, atol: float) -> None:
-    """`function` gives the recurrence's outputs, and its gradients of all five arguments."""
-    ours, reference = function(*parts), recurrence(*parts)
+def lay_out(rows: tuple[Layout, ...]) -> Tensor:
+    """The positions [b, L] of these rows."""
+    return torch.stack([torch.cat([torch.arange(n) if n > 0 else torch.full((-n,), -1) for n in row]) for row in rows])
+
+
+def of_one(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """x, delta, a, B, C, skip, and the positions of rows of one history each."""
+    return *parts, lay_out(((parts[0].shape[1],),) * len(parts[0]))
+
+
+def each_alone(parts: tuple[Tensor, ...], rows: tuple[Layout, ...]) -> Tensor:
+    """The recurrence over each history of the rows for itself; 0 where nothing stands."""
+    x, delta, a, B, C, skip = parts
+    outputs = []
+    for number, row in enumerate(rows):
+        for first, n in zip(np.cumsum([0, *map(abs, row)]), row, strict=False):
+            own = tuple(part[number, None, first : first + abs(n)] for part in (x, delta, B, C, skip))
+            outputs.append(recurrence(*of_one((*own[:2], a, *own[2:])))[0] if n > 0 else torch.zeros_like(own[0][0]))
+    return torch.cat(outputs).view_as(x)
+
+
+def assert_same(ours: Tensor, reference: Tensor, parts: tuple[Tensor, ...], rtol: float, atol: float) -> None:
+    """The same outputs, and the same gradients of all of `parts`."""
     assert ours.dtype == parts[0].dtype
     torch.testing.assert_close(ours, reference, rtol=rtol, atol=atol)
     weight = torch.randn(reference.shape, generator=torch.Generator().manual_seed(1), dtype=reference.dtype)
@@ -47,38 +87,90 @@ def assert_same(function: Callable[..., Tensor], parts: tuple[Tensor, ...], rtol
     torch.testing.assert_close(*(dict(zip(NAMES, gradient, strict=True)) for gradient in gradients), rtol=rtol, atol=atol)
 
 
-def by_hand(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """One example, one head, P = N = 1, written as the sum over earlier positions."""
+def by_hand(x: Tensor, delta: Tensor, a: Tensor, B: Tensor, C: Tensor, skip: Tensor) -> Tensor:
+    """One example, one head, P = N = 1, written as the sum over earlier positions and what the position itself skips."""
     rows = []
     for t in range(x.shape[1]):
         terms = [torch.exp(a[0] * delta[0, s + 1 : t + 1, 0].sum()) * delta[0, s, 0] * x[0, s, 0, 0] * B[0, s, 0, 0] for s in range(t + 1)]
-        rows.append(C[0, t, 0, 0] * torch.stack(terms).sum())
+        rows.append(C[0, t, 0, 0] * torch.stack(terms).sum() + skip[0, t, 0] * x[0, t, 0, 0])
     return torch.stack(rows).view_as(x)
 
 
 @pytest.mark.parametrize("function", [recurrence, quadratic, partial(chunked, chunk=2)], ids=["recurrence", "quadratic", "chunked"])
 def test_scan_is_the_decayed_sum_over_the_past(function: Callable[..., Tensor]) -> None:
-    x, delta, a, B, C = make(5, 1)
-    parts = (x[:1, :, :1, :1], delta[:1, :, :1], a[:1], B[:1, :, :, :1], C[:1, :, :, :1])
-    torch.testing.assert_close(function(*parts), by_hand(*parts), rtol=1e-12, atol=1e-12)
+    x, delta, a, B, C, skip = make(5, 1)
+    parts = (x[:1, :, :1, :1], delta[:1, :, :1], a[:1], B[:1, :, :, :1], C[:1, :, :, :1], skip[:1, :, :1])
+    torch.testing.assert_close(function(*of_one(parts)), by_hand(*parts), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [1, 2, H])
 @pytest.mark.parametrize(("function", "length"), FAST)
 def test_is_the_recurrence(function: Callable[..., Tensor], length: int, groups: int) -> None:
-    assert_same(function, make(length, groups), rtol=1e-10, atol=1e-10)
+    parts = make(length, groups)
+    assert_same(function(*of_one(parts)), recurrence(*of_one(parts)), parts, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("groups", [1, H])
 @pytest.mark.parametrize(("function", "length"), [(quadratic, CHUNK + 1), (partial(chunked, chunk=Q), 2 * Q + 3), (chunked, 2 * CHUNK + 3)])
 def test_is_the_recurrence_in_float32(function: Callable[..., Tensor], length: int, groups: int) -> None:
     """To 1e-4: sums over a hundred positions, in another order, of numbers around ten."""
-    assert_same(function, make(length, groups, torch.float32), rtol=1e-4, atol=1e-4)
+    parts = make(length, groups, torch.float32)
+    assert_same(function(*of_one(parts)), recurrence(*of_one(parts)), parts, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [1, 2, H])
+@pytest.mark.parametrize(("function", "rows"), PACKED)
+def test_histories_of_one_row_know_nothing_of_each_other(function: Callable[..., Tensor], rows: tuple[Layout, ...], groups: int) -> None:
+    """What stands where nothing should, too, reaches no output and gets no gradient."""
+    positions = lay_out(rows)
+    parts = make(positions.shape[1], groups)
+    ours = function(*parts, positions)
+    assert ours.isfinite().all()
+    assert_same(ours.where((positions >= 0)[..., None, None], 0), each_alone(parts, rows), parts, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("function", [quadratic, partial(chunked, chunk=Q)], ids=["quadratic", "chunked"])
+def test_a_history_behind_long_steps_keeps_its_precision(function: Callable[..., Tensor]) -> None:
+    """In float32, 60 positions whose decays sum to 48,000 before a history of steps of 1e-3: to 1e-5, as if it stood alone."""
+    rows = ((60, 20), (59, 1, 20), (-60, 20))
+    x, delta, a, B, C, skip = make(80, 2, torch.float32)
+    steps = torch.where(torch.arange(80) < 60, 50.0, 1e-3)[None, :, None].expand_as(delta).contiguous().requires_grad_()
+    parts = (x, steps, torch.full_like(a, -16).requires_grad_(), B, C, skip)
+    ours, alone = (y[:, 60:] for y in (function(*parts, lay_out(rows)), each_alone(parts, rows)))
+    assert_same(ours, alone, parts, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["recurrence", "quadratic", "chunked", "auto"])
+def test_without_skip_and_positions_a_row_is_one_history_that_skips_nothing(implementation: ssd.Implementation) -> None:
+    *parts, skip = make(2 * CHUNK + 3, 2)
+    plain = scan(*parts, implementation=implementation)
+    torch.testing.assert_close(plain, recurrence(*of_one((*parts, torch.zeros_like(skip)))), rtol=1e-10, atol=1e-10)
+    skipped = scan(*parts, skip, implementation=implementation)
+    torch.testing.assert_close(skipped, plain + skip[..., None] * parts[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, H])
+@pytest.mark.parametrize("longest", [1, 2, 12, QUADRATIC_UP_TO + 7])
+def test_summands_at_the_end_sum_to_the_scan_there(longest: int, groups: int) -> None:
+    """Outputs and gradients at the last position of every history, whose C reads; 0 and no gradient where none stands."""
+    lengths = np.random.default_rng(0).integers(1, longest + 1, 11)
+    lengths[5] = longest
+    _, packing = pack(np.ones(lengths.sum(), dtype=np.int64), lengths)
+    (W, L), generator = packing.positions.shape, torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
+    _, _, a, _, C, _ = make(11, groups)
+    C = C.detach()[0].requires_grad_()  # [11, G, N]
+    delta = F.softplus(draw(W, L, H)).requires_grad_()
+    x, B, skip = (draw(W, L, *rest).requires_grad_() for rest in ((H, P), (groups, N), (H,)))
+    summands = summands_at_end(x, delta, a, B, packing.at_tokens(C), skip, packing)
+    assert not summands[packing.positions < 0].any()
+    whole = recurrence(x, delta, a, B, packing.at_tokens(C), skip, packing.positions)
+    assert_same(packing.sum_up(summands), packing.at_last(whole), (x, delta, a, B, C, skip), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, Q, 1000])
 def test_the_chunk_size_changes_no_number(chunk: int) -> None:
-    parts = make(2 * Q + 3, 2)
+    parts = of_one(make(2 * Q + 3, 2))
     torch.testing.assert_close(chunked(*parts, chunk=chunk), recurrence(*parts), rtol=1e-12, atol=1e-12)
 
 
@@ -90,9 +182,9 @@ def test_chunked_takes_its_default_from_the_constant(monkeypatch: pytest.MonkeyP
         return quadratic(x, *rest)
 
     monkeypatch.setattr(ssd, "quadratic", noted)
-    chunked(*make(2 * CHUNK, 1))
+    chunked(*of_one(make(2 * CHUNK, 1)))
     monkeypatch.setattr(ssd, "CHUNK", Q)
-    chunked(*make(2 * Q, 1))
+    chunked(*of_one(make(2 * Q, 1)))
     assert lengths == [CHUNK, Q]
 
 
@@ -104,11 +196,11 @@ def test_autocast_gives_one_dtype_at_every_length() -> None:
 
 def test_chunked_never_sees_ahead_and_never_forgets() -> None:
     """A change at a position in the second chunk leaves every output before it, and moves all from it on."""
-    x, delta, a, B, C = make(4 * Q, 2)
+    x, delta, a, B, C, skip = make(4 * Q, 2)
     delta, place = delta * 0.01, Q + 3  # slow decay: the change is still there at the end
     changed = x.detach().clone()
     changed[:, place] += 1
-    before, after = (chunked(part, delta, a, B, C, chunk=Q) for part in (x, changed))
+    before, after = (chunked(*of_one((part, delta, a, B, C, skip)), chunk=Q) for part in (x, changed))
     torch.testing.assert_close(before[:, :place], after[:, :place], rtol=0, atol=0)
     assert ((before - after)[:, place:].abs().amax((0, 2, 3)) > 1e-6).all()
 
@@ -126,11 +218,11 @@ def test_chunked_never_sees_ahead_and_never_forgets() -> None:
 )
 def test_extreme_decays_stay_finite_and_right(function: Callable[..., Tensor], dtype: torch.dtype, tolerance: float) -> None:
     """exp(+sum of 600 steps of 50 * 16) would be infinite in any format; steps of 1e-6 stand among them."""
-    x, delta, a, B, C = make(600, 2, dtype)
+    x, delta, a, B, C, skip = make(600, 2, dtype)
     large = torch.rand(delta.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     steps = torch.where(large, 50.0, 1e-6).to(dtype).requires_grad_()
-    parts = (x, steps, torch.full_like(a, -16).requires_grad_(), B, C)
-    ours, reference = function(*parts), recurrence(*parts)
+    parts = (x, steps, torch.full_like(a, -16).requires_grad_(), B, C, torch.zeros_like(skip).requires_grad_())
+    ours, reference = function(*of_one(parts)), recurrence(*of_one(parts))
     assert ours.isfinite().all()
     torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
     for name, gradient in zip(NAMES, torch.autograd.grad(ours.sum(), parts), strict=True):
@@ -176,10 +268,16 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         assert heads % B.shape[2] == 0
         assert chunk_size >= 16
         assert chunk_size & (chunk_size - 1) == 0  # a power of two
-        assert D is z is dt_bias is initial_states is seq_idx is cu_seqlens is None
+        assert D is z is dt_bias is initial_states is cu_seqlens is None
         assert not any((dt_softplus, return_final_states, return_varlen_states))
         calls.append(chunk_size)
-        return recurrence(x, dt, A, B, C)
+        assert seq_idx is not None
+        assert (seq_idx.shape, seq_idx.dtype) == ((batch, length), torch.int32)
+        change = seq_idx.diff(dim=1, prepend=seq_idx[:, :1] - 1)
+        assert (change >= 0).all()  # so that no number comes again: the real one compares them all within a chunk
+        place = torch.arange(length)
+        positions = place - torch.where(change > 0, place, 0).cummax(dim=1).values
+        return recurrence(x, dt, A, B, C, torch.zeros_like(dt), positions)
 
     module = ModuleType(ssd.KERNEL_MODULE)
     vars(module)["mamba_chunk_scan_combined"] = mamba_chunk_scan_combined
@@ -194,8 +292,18 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("groups", [1, 2, H])
 def test_triton_hands_the_kernel_what_it_expects(kernel: list[int], groups: int) -> None:
-    assert_same(partial(scan, implementation="triton"), make(9, groups, torch.float32), rtol=0, atol=0)
+    parts = make(9, groups, torch.float32)
+    assert_same(scan(*parts, implementation="triton"), recurrence(*of_one(parts)), parts, rtol=0, atol=0)
     assert kernel == [ssd.KERNEL_CHUNK]
+
+
+@pytest.mark.parametrize("groups", [1, 2, H])
+def test_triton_tells_the_kernel_where_histories_begin(kernel: list[int], groups: int) -> None:
+    rows = ((5, -2, 10, 7), (-3, 1, 1, 13, -6), (9, 15))
+    positions, parts = lay_out(rows), make(24, groups, torch.float32)
+    ours = scan(*parts, positions, implementation="triton").where((positions >= 0)[..., None, None], 0)
+    assert_same(ours, each_alone(parts, rows), parts, rtol=1e-5, atol=1e-5)
+    assert len(kernel) == 1
 
 
 def test_auto_takes_the_kernel_for_long_sequences_that_it_can_hold(kernel: list[int]) -> None:

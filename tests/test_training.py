@@ -17,20 +17,24 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import TINY_MODEL
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmm4rec.config import from_dict
-from mmm4rec.data.batches import plan_epoch
+from mmm4rec.data.batches import Batch, DomainData, Plan, plan_epoch
 from mmm4rec.data.domain import Domain
+from mmm4rec.data.features import ItemFeatures
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.inference import open_model, recommend
+from mmm4rec.models.recommender import Catalogue, Recommender
 from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training.checkpoint import load_model, transfer
-from mmm4rec.training.evaluate import evaluate
-from mmm4rec.training.loop import _optimizer_step, fit
-from mmm4rec.training.losses import full_cross_entropy, in_batch_cross_entropy
-from mmm4rec.training.metrics import metrics, ranks
+from mmm4rec.training.evaluate import OWN_TIE, evaluate
+from mmm4rec.training.loop import Run, _optimizer_step, fit
+from mmm4rec.training.losses import cross_entropy, in_batch_weights
+from mmm4rec.training.metrics import metrics, outranked
+from mmm4rec.training.step import add_gradient, prepare
 
 
 def tiny(domains: Domain | list[Domain], **sections: object) -> RunConfig:
@@ -50,9 +54,28 @@ def drain(config: RunConfig, out: Path, **options: bool) -> dict:
             return stop.value
 
 
+class Told(Recommender):
+    """Scores a batch of all its users as it is told, [B, I + 1]."""
+
+    def __init__(self, told: Tensor) -> None:
+        super().__init__()
+        self.told = told
+
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        return Catalogue({}, torch.eye(self.told.shape[1])[slice(None) if ids is None else ids])
+
+    def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
+        return self.told
+
+
 def test_rank_counts_higher_scores_and_half_of_the_ties() -> None:
     scores = torch.tensor([[9.0, 3, 1, 3, 5, 3], [9.0, 1, 2, 3, 4, 5]])
-    assert ranks(scores, torch.tensor([3, 5])).tolist() == [1 + 1 + 1.0, 1.0]  # one higher, two ties; padding's 9 is no candidate
+    found = OWN_TIE + outranked(scores[:, 1:], scores.gather(1, torch.tensor([[3], [5]])))
+    assert found.tolist() == [1 + 1 + 1.0, 1.0]  # one higher, two ties
+    domain = Domain(Path("two"), {"name": "two", "items": 5}, np.array([0, 2, 4]), np.array([1, 3, 1, 5]), None)
+    users, ends = domain.examples("all")
+    data = DomainData(domain, ItemFeatures(5, {}, {}, {}), (users, ends), (users, ends), max_len=8, time=False)
+    assert evaluate(Told(scores), data, users, ends, torch.device("cpu")).tolist() == found.tolist()  # padding's 9 is no candidate
 
 
 def test_metrics_by_hand() -> None:
@@ -66,23 +89,75 @@ def test_metrics_by_hand() -> None:
 
 def test_full_loss_is_over_real_items() -> None:
     torch.manual_seed(0)
-    scores, targets = torch.randn(4, 6, dtype=torch.float64), torch.tensor([1, 5, 3, 3])
+    users, vectors = torch.randn(4, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    scores, targets = users @ vectors.T, torch.tensor([1, 5, 3, 3])
     expected = sum(-float(row[t] - torch.logsumexp(row[1:], 0)) for row, t in zip(scores, targets, strict=True))
-    assert float(full_cross_entropy(scores, targets)) == pytest.approx(expected, rel=1e-12)
+    loss, _ = cross_entropy(users, vectors[1:], targets - 1, gradient=torch.zeros(5, 3, dtype=torch.float64))
+    assert float(loss) == pytest.approx(expected, rel=1e-12)
+
+
+def in_float64(config: RunConfig) -> Run:
+    run = assemble(config).run
+    run.model.double()
+    run.data = [replace(data, features=data.features.to(run.device, torch.float64)) for data in run.data]
+    return run
+
+
+def dense_loss(run: Run, plan: Plan) -> Tensor:
+    """The loss of a micro-batch, summed, by autograd: a column an item, or in-batch a column an example."""
+    batch, catalogue = run.data[0].batch(plan.users, plan.ends), run.model.items(run.data[0].features)
+    scores, targets = run.model.scores(run.model.users(batch, catalogue), catalogue), batch.targets
+    if run.config.loss == "full":
+        first = 0 if run.quirks.padding_class else 1
+        return F.cross_entropy(scores[:, first:], targets - first, reduction="sum")
+    duplicates = (targets[:, None] == targets[None, :]).fill_diagonal_(False)
+    assert duplicates.any()
+    scores = scores[:, targets].masked_fill(duplicates & (not run.quirks.duplicate_negatives), -torch.inf)
+    return F.cross_entropy(scores, torch.arange(len(targets)), reduction="sum")
+
+
+@pytest.mark.parametrize(
+    ("loss", "quirks"), [("full", {}), ("full", {"padding_class": True}), ("in_batch", {}), ("in_batch", {"duplicate_negatives": True})]
+)
+def test_a_step_is_the_sum_of_its_micro_batches_dense_losses(
+    make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch, loss: str, quirks: dict[str, bool]
+) -> None:
+    """Over real items unless padding is a class; over each micro-batch's own targets. In chunks of fewer examples than it has."""
+    monkeypatch.setattr("mmm4rec.data.batches.POSITIONS_AT_ONCE", {"cpu": 100})
+    run = in_float64(tiny(make_domain(), model={"dropout": 0.0, "quirks": quirks}, training={"loss": loss}))
+    users, ends = run.data[0].train
+    plans = [Plan(0, users[first : first + 40], ends[first : first + 40]) for first in (0, 40, 80)]
+    expected = torch.stack([dense_loss(run, plan) for plan in plans]).sum()
+    (expected / 120).backward()
+    gradients = {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+    run.model.zero_grad()
+    assert add_gradient(run, prepare(run, plans, 0)) == pytest.approx(expected.item(), rel=1e-12)
+    for name, parameter in run.model.named_parameters():
+        found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        expected_gradient = gradients.get(name, torch.zeros_like(parameter))
+        torch.testing.assert_close(found, expected_gradient, rtol=1e-9, atol=1e-9 * float(expected_gradient.abs().max()) + 1e-15, msg=name)
 
 
 def test_in_batch_loss_masks_only_an_items_own_duplicates() -> None:
     """Against the dense form: a column an example, columns of the example's own item masked but its own."""
     torch.manual_seed(0)
-    users, vectors = torch.randn(6, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    users, vectors = (torch.randn(n, 3, dtype=torch.float64, requires_grad=True) for n in (6, 5))
     targets = torch.tensor([4, 0, 4, 2, 0, 4])
     dense = users @ vectors[targets].T
     same = targets[:, None] == targets[None, :]
     dense = dense.masked_fill(same & ~torch.eye(6, dtype=torch.bool), -torch.inf)
     expected = F.cross_entropy(dense, torch.arange(6), reduction="sum")
+    expected.backward()
     candidates, columns, counts = targets.unique(return_inverse=True, return_counts=True)
-    found = in_batch_cross_entropy(users @ vectors[candidates].T, columns, counts)
+    log_weights, gradient = torch.from_numpy(in_batch_weights(counts.numpy())), torch.zeros(len(candidates), 3, dtype=torch.float64)
+    with torch.no_grad():
+        found, d_users = cross_entropy(users, vectors[candidates], columns, log_weights=log_weights, gradient=gradient)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert users.grad is not None
+    assert vectors.grad is not None
+    torch.testing.assert_close(d_users, users.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, vectors.grad[candidates], rtol=1e-12, atol=1e-12)
+    assert not vectors.grad[[1, 3]].any()  # items that are no target are no candidates
 
 
 def test_an_epoch_meets_each_example_once(make_domain: Callable[..., Domain]) -> None:
@@ -107,10 +182,10 @@ def test_accumulated_batches_give_the_gradient_of_one(make_domain: Callable[...,
     np.testing.assert_allclose(*curves, rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", ["full", "in_batch"])
+@pytest.mark.parametrize("loss", ["full", "in_batch", "sampled"])
 def test_training_learns_and_a_resumed_run_is_the_uninterrupted_one(make_domain: Callable[..., Domain], tmp_path: Path, loss: str) -> None:
     domain = make_domain()
-    config = tiny(domain, training={"loss": loss, "epochs": 6})
+    config = tiny(domain, training={"loss": loss, "epochs": 6, "negatives": 20})
     whole = drain(config, tmp_path / "whole")
     for stop_after in (1, 4):
         out = tmp_path / f"cut{stop_after}"
@@ -314,7 +389,7 @@ def test_untrained_models_against_brute_force(make_domain: Callable[..., Domain]
 def _save_gradients(config: RunConfig, file: Path) -> None:
     """The gradients of one optimizer step over the first epoch's first micro-batches."""
     run = assemble(config).run
-    _optimizer_step(run, plan_epoch([data.train for data in run.data], 33, seed=0, epoch=1)[:3])
+    _optimizer_step(run, prepare(run, plan_epoch([data.train for data in run.data], 33, seed=0, epoch=1)[:3], 0))
     torch.save({name: parameter.grad for name, parameter in run.model.named_parameters()}, file)
 
 
@@ -327,11 +402,13 @@ def _train_distributed(rank: int, world: int, folder: str, config: RunConfig) ->
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["full", "in_batch", "sampled"])
+def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], tmp_path: Path, loss: str) -> None:
     """Pre-training over two domains, odd batch sizes, dropout 0: losses and metrics to float tolerance."""
     sources = [make_domain("a"), make_domain("b", seed=1, items=20, modalities=("text",))]
     data = {"examples": "all", "heldout_users": 0.2}
-    config = tiny(sources, data=data, model={"dropout": 0.0}, training={"loss": "in_batch", "batch_size": 33, "accumulation": 3})
+    training = {"loss": loss, "negatives": 20, "batch_size": 33, "accumulation": 3}
+    config = tiny(sources, data=data, model={"dropout": 0.0}, training=training)
     (tmp_path / "two").mkdir()
     _save_gradients(config, tmp_path / "gradients.pt")
     drain(config, tmp_path / "one")

@@ -25,7 +25,8 @@ from mmm4rec.errors import BadInput
 
 Modality = Literal["text", "image"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-ITEMS_AT_ONCE = 32_768  # items whose vectors are computed at once; a larger catalogue goes block by block
+ITEMS_AT_ONCE = 32_768  # a catalogue of fewer items is computed whole
+BLOCK_ITEMS = {"cpu": 8_192, "cuda": 131_072}  # of a larger one
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,10 @@ class ItemFeatures:
         return self.n_items < ITEMS_AT_ONCE
 
     def blocks(self) -> list[slice]:
-        """The real items 1..I, at most ITEMS_AT_ONCE at a time."""
-        return [slice(first, min(first + ITEMS_AT_ONCE, self.n_items + 1)) for first in range(1, self.n_items + 1, ITEMS_AT_ONCE)]
+        """The real items 1..I, whole or block by block."""
+        device = next((part.device.type for part in self.present.values()), "cpu")
+        step = self.n_items if self.one_block else BLOCK_ITEMS.get(device, BLOCK_ITEMS["cpu"])
+        return [slice(first, min(first + step, self.n_items + 1)) for first in range(1, self.n_items + 1, step)]
 
     def numbers(self, ids: Tensor | slice | None, device: torch.device | None = None) -> Tensor:
         """The items that `ids` means, [n]: these, a range, or all with padding."""

@@ -243,7 +243,8 @@ class ComplexLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x complex [..., F] -> the same shape."""
-        return torch.complex(self.real(x.real) - self.imag(x.imag), self.imag(x.real) + self.real(x.imag))
+        real, imag = self.real(x.real) - self.imag(x.imag), self.imag(x.real) + self.real(x.imag)
+        return torch.complex(real.to(x.real.dtype), imag.to(x.real.dtype))  # there is no complex number of autocast's bfloat16
 
 
 class FourierFilter(nn.Module):

@@ -99,7 +99,7 @@ class _GatedNorm(torch.autograd.Function):
             scaled = dresult[block] * u
             dweight += scaled.flatten(0, -2).sum(0)
             dn = dresult[block] * weight
-            dv = dn.sub_(u.mul_((scaled @ weight)[..., None] / u.shape[-1])).mul_(r)
+            dv = dn.sub_(u.mul_(scaled.mul_(weight).mean(-1, keepdim=True))).mul_(r)  # no product that autocast would round
             dy[block] = (dv * opened).view_as(dy[block])
             dgate[block] = _DERIVATIVES["silu"](dv.mul_(inner), gate[block])
         return dy, dgate, dweight, None
