@@ -28,7 +28,7 @@ from mmm4rec.data import batches
 from mmm4rec.data.batches import DomainData, Plan, plan_epoch
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import MODALITIES, ItemFeatures
-from mmm4rec.models import fused
+from mmm4rec.models import fused, recommender
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.run import DataConfig, RunConfig, domain_data
 from mmm4rec.training import step
@@ -211,17 +211,14 @@ def cpu_evaluation(case: Case, repeats: int, users: int = 1024) -> dict[str, Any
     histories = {"training": (plan.users[:users], plan.ends[:users]), "test": tuple(part[:users] for part in data.valid)}
     result: dict[str, Any] = {"users": users}
     with torch.inference_mode():
-        catalogue = [seconds(lambda: Ranking(model, data, run.device)) for _ in range(repeats + 1)][1:]
+        catalogue = [seconds(partial(Ranking, model, data, run.device)) for _ in range(repeats + 1)][1:]
+        ranking = Ranking(model, data, run.device)
         for name, (who, ends) in histories.items():
             padded = pad(reference, data, Plan(0, who, ends))
-            whole = [seconds(partial(evaluate, model, data, who, ends, run.device)) for _ in range(repeats + 1)][1:]
-            plain = [seconds(partial(reference.ranks, model, data.features, padded)) for _ in range(2)][1:]
-            result[name] = {
-                "mean_length": float(np.minimum(ends, case.max_len).mean()),
-                "whole_seconds": spread(whole),
-                "batch_seconds": spread([value - statistics.median(catalogue) for value in whole]),
-                "plain_whole_seconds": spread(plain),
-            }
+            batch = [seconds(partial(ranking.ranks, who, ends)) for _ in range(repeats + 1)][1:]
+            plain = [seconds(partial(reference.ranks, model, data.features, padded)) for _ in range(3)][1:]
+            length = float(np.minimum(ends, case.max_len).mean())
+            result[name] = {"mean_length": length, "batch_seconds": spread(batch), "plain_whole_seconds": spread(plain)}
     return result | {"catalogue_seconds": spread(catalogue)}
 
 
@@ -242,7 +239,7 @@ def operations(case: Case) -> dict[str, int]:
 def gpu_blocks() -> Iterator[None]:
     """On a CPU, the block sizes of a GPU: the same operations are then called."""
     places = ((batches.POSITIONS_AT_ONCE, "cpu", batches.POSITIONS_AT_ONCE["cuda"]), (vars(fused), "ELEMENTS_AT_ONCE", 2**62))
-    changes = [*places, (vars(step), "ITEMS_IN_CACHE", 2**62)]
+    changes = [*places, (vars(recommender), "ITEMS_IN_CACHE", 2**62)]
     before = [place[name] for place, name, _ in changes]
     for place, name, value in changes:
         place[name] = value

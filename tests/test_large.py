@@ -43,7 +43,7 @@ def blocks_of(items: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmm4rec.data.features.ITEMS_AT_ONCE", items)
         patch.setattr("mmm4rec.data.features.BLOCK_ITEMS", {"cpu": items})
-        patch.setattr("mmm4rec.training.step.ITEMS_IN_CACHE", 4)
+        patch.setattr("mmm4rec.models.recommender.ITEMS_IN_CACHE", 4)
         patch.setattr("mmm4rec.training.losses.SCORES_AT_ONCE", {"cpu": 100})
         patch.setattr("mmm4rec.data.batches.POSITIONS_AT_ONCE", {"cpu": 150})
         yield
@@ -314,7 +314,7 @@ def test_candidates_are_the_targets_and_as_many_draws_as_told(make_domain: MakeD
         assert drawn.sum() == pytest.approx(40)
     again, later = prepare(run, plans, 0), prepare(run, plans, 1)
     assert all(torch.equal(a.candidates[1], b.candidates[1]) for a, b in zip(parts, again, strict=True))  # type: ignore[index]
-    samples = [tuple(part.candidates[1].tolist()) for part in [*parts, *later]]  # type: ignore[index]
+    samples = [tuple(items[log_weights.isfinite()].tolist()) for items, log_weights in (part.candidates for part in [*parts, *later])]  # type: ignore[misc]
     assert len(set(samples)) == 2 * len(plans), "each micro-batch of each step draws anew"
 
 

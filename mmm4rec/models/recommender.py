@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures
 
+ITEMS_IN_CACHE = 4096  # items whose vectors are computed at once on a CPU
+
 
 @dataclass(frozen=True)
 class Catalogue:
@@ -40,6 +42,20 @@ class Recommender(nn.Module):
     def scores(self, users: Tensor, catalogue: Catalogue) -> Tensor:
         """Logits [B, n] of every row of the catalogue for every user."""
         return users @ catalogue.candidates.T / self.temperature
+
+
+def items_in_blocks(model: Recommender, features: ItemFeatures, ids: Tensor | None = None) -> list[Catalogue]:
+    """The vectors of the items `ids` [n], or of all with padding, in order; on a CPU so many at a time as its cache bears."""
+    device = next((part.device for part in features.present.values()), torch.device("cpu"))
+    step = ITEMS_IN_CACHE if device.type == "cpu" else features.n_items + 1
+    ranges = (slice(first, first + step) for first in range(0, features.n_items + 1, step))
+    return [model.items(features, block) for block in (ranges if ids is None else ids.split(step))]
+
+
+def joined(blocks: list[Catalogue]) -> Catalogue:
+    """The blocks' vectors one behind the other, without their graphs."""
+    inputs = {name: torch.cat([block.inputs[name].detach() for block in blocks]) for name in blocks[0].inputs}
+    return Catalogue(inputs, torch.cat([block.candidates.detach() for block in blocks]))
 
 
 def rows_of(table: Tensor, ids: Tensor | slice | None) -> Tensor:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from mmm4rec.data.batches import Batch, DomainData, cut
-from mmm4rec.models.recommender import Catalogue, Recommender
+from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
 from mmm4rec.training import distributed
 from mmm4rec.training.losses import row_blocks
 from mmm4rec.training.metrics import outranked
 
+RANKED_AT_ONCE = {"cpu": 2**21, "cuda": 2**28}  # scores: 8 MiB, 1 GiB in float32
 OWN_TIE = 0.5  # a target equals itself: 1 + above + (equal - 1) / 2
 
 
@@ -31,25 +32,9 @@ def evaluate(model: Recommender, data: DomainData, users: np.ndarray, ends: np.n
     mine = slice(distributed.rank(), None, distributed.world_size())
     was_training = model.training
     model.eval()
-    rank = _ranks(model, data, users[mine], ends[mine], device) if len(users[mine]) else np.empty(0)
+    rank = Ranking(model, data, device).ranks(users[mine], ends[mine]) if len(users[mine]) else np.empty(0)
     model.train(was_training)
     return distributed.gather_ordered(rank, len(users))
-
-
-def _ranks(model: Recommender, data: DomainData, users: np.ndarray, ends: np.ndarray, device: torch.device) -> np.ndarray:
-    ranking = Ranking(model, data, device)
-    encoded = torch.cat([ranking.encode(data.batch(users[part], ends[part])) for part in cut(np.minimum(ends, data.max_len), device)])
-    targets = data.domain.items[data.domain.offsets[users] + ends].astype(np.int64)
-    items = torch.from_numpy(targets).to(device)[:, None]  # [U, 1]
-    target, rank = encoded.new_empty(len(users), 1), torch.full((len(users),), OWN_TIE, dtype=torch.float64, device=device)
-    for passes_left in (1, 0) if len(ranking.blocks) > 1 else (0,):  # a target's score is known when its block has passed
-        for first, rows, scores in ranking.scores(encoded, users, ends):
-            own = items[rows] - first
-            here = (own >= 0) & (own < scores.shape[1])
-            target[rows] = torch.where(here, scores.gather(1, own.where(here, 0)), target[rows])
-            if not passes_left:
-                rank[rows] += outranked(scores, target[rows])
-    return rank.cpu().numpy()
 
 
 class Ranking:
@@ -58,7 +43,7 @@ class Ranking:
     def __init__(self, model: Recommender, data: DomainData, device: torch.device) -> None:
         self.model, self.data, self.device = model, data, device
         self.blocks = data.features.blocks()
-        self.catalogue = model.items(data.features) if data.features.one_block else None
+        self.catalogue = joined(items_in_blocks(model, data.features)) if data.features.one_block else None
 
     def encode(self, batch: Batch) -> Tensor:
         """The users of a batch, [B, D]."""
@@ -67,17 +52,33 @@ class Ranking:
         ids, batch = batch.compact()
         return self.model.users(batch.to(self.device), self.model.items(self.data.features, ids.to(self.device)))
 
+    def ranks(self, users: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """The ranks [U] of the targets of these examples."""
+        data, device = self.data, self.device
+        encoded = torch.cat([self.encode(data.batch(users[part], ends[part])) for part in cut(np.minimum(ends, data.max_len), device)])
+        targets = torch.from_numpy(data.domain.items[data.domain.offsets[users] + ends].astype(np.int64)).to(device)[:, None]  # [U, 1]
+        target, rank = encoded.new_empty(len(users), 1), torch.full((len(users),), OWN_TIE, dtype=torch.float64, device=device)
+        for passes_left in (1, 0) if len(self.blocks) > 1 else (0,):  # a target's score is known when its block has passed
+            for first, rows, scores in self.scores(encoded, users, ends):
+                own = targets[rows] - first
+                here = (own >= 0) & (own < scores.shape[1])
+                target[rows] = torch.where(here, scores.gather(1, own.where(here, 0)), target[rows])
+                if not passes_left:
+                    rank[rows] += outranked(scores, target[rows])
+        return rank.cpu().numpy()
+
     def scores(self, encoded: Tensor, users: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, slice, Tensor]]:
         """The first item of a block, a range of the encoded examples [U, D], and their scores of the block [r, n], seen items masked.
 
         The same scores to the last digit in every call. Raises FloatingPointError when one is not finite.
         """
+        at_once = RANKED_AT_ONCE.get(self.device.type, RANKED_AT_ONCE["cpu"])
         for block in self.blocks:
             if self.catalogue is None:
                 items = self.model.items(self.data.features, block)
             else:
                 items = Catalogue({}, self.catalogue.candidates[block])
-            for rows in row_blocks(len(encoded), len(items.candidates), self.device):
+            for rows in row_blocks(len(encoded), len(items.candidates), at_once):
                 scores = self.model.scores(encoded[rows], items)
                 if not torch.isfinite(scores.sum()):
                     name = self.data.domain.name

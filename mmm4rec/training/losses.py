@@ -45,7 +45,7 @@ def cross_entropy(
     workspace = scores_workspace(users) if workspace is None else workspace
     loss, d_users = users.new_zeros(()), torch.empty_like(users)
     scale = torch.as_tensor(scale, dtype=users.dtype, device=users.device).expand(len(users))[:, None] / temperature
-    for rows in row_blocks(len(users), len(candidates), users.device):
+    for rows in row_blocks(len(users), len(candidates), _at_once(users.device)):
         own = targets[rows, None]
         scores = _scores(users[rows], candidates, temperature, workspace)  # [r, n]
         target = scores.gather(1, own)  # [r, 1]
@@ -128,9 +128,9 @@ def _at_once(device: torch.device) -> int:
     return SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"])
 
 
-def row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    """Ranges of rows of an array [rows, columns], each of at most SCORES_AT_ONCE elements (but one row at least)."""
-    step = max(1, _at_once(device) // columns)
+def row_blocks(rows: int, columns: int, at_once: int) -> Iterator[slice]:
+    """Ranges of rows of an array [rows, columns], each of at most `at_once` elements (but one row at least)."""
+    step = max(1, at_once // columns)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
 
@@ -140,7 +140,7 @@ def _scores_of_block(
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Rows r of the users, their scores [r, n], the column of each target [r, 1] (0 where it is not here), and whether it is."""
     workspace = scores_workspace(users)
-    for rows in row_blocks(len(users), len(vectors), users.device):
+    for rows in row_blocks(len(users), len(vectors), _at_once(users.device)):
         own = targets[rows, None] - block.start
         here = (own >= 0) & (own < len(vectors))
         yield rows, _scores(users[rows], vectors, temperature, workspace), own.where(here, 0), here

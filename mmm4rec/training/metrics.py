@@ -13,7 +13,7 @@ CUTOFFS = (10, 20, 50)
 
 def outranked(scores: Tensor, target: Tensor) -> Tensor:
     """What candidates add to a target's rank, [B]: those above it and half of its equals. scores [B, n], target [B, 1] its score."""
-    above, equal = (torch.count_nonzero(compare(scores, target), dim=1) for compare in (torch.gt, torch.eq))
+    above, equal = (compare(scores, target).sum(1, dtype=torch.int32) for compare in (torch.gt, torch.eq))
     return above + equal.double() / 2
 
 

@@ -24,14 +24,12 @@ from torch import Tensor
 
 from mmm4rec.data.batches import Batch, DomainData, Plan, cut
 from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.recommender import Catalogue, Recommender
+from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
 from mmm4rec.training import distributed
 from mmm4rec.training.losses import cross_entropy, in_batch_weights, sampled_weights, scores_workspace, streamed_cross_entropy
 
 if TYPE_CHECKING:
     from mmm4rec.training.loop import Run
-
-ITEMS_IN_CACHE = 4096  # items whose vectors are computed at once on a CPU
 
 
 @dataclass(frozen=True)
@@ -56,17 +54,12 @@ class Part:
 class StepItems:
     """Item vectors that the chunks of a step read, computed a block at a time, and the sum of their gradients."""
 
-    def __init__(self, model: Recommender, features: ItemFeatures, ids: Tensor | None, device: torch.device) -> None:
+    def __init__(self, model: Recommender, features: ItemFeatures, ids: Tensor | None = None) -> None:
         """ids [n]: the items, ascending; None: all, 0..I."""
-        self.ids, step = ids, ITEMS_IN_CACHE if device.type == "cpu" else features.n_items + 1
-        numbers = range(0, features.n_items + 1, step)
-        blocks = [slice(first, first + step) for first in numbers] if ids is None else ids.split(step)
-        self._blocks = [model.items(features, block) for block in blocks]  # with their graphs
-        self.vectors, self.gradients = self._joined(torch.cat), self._joined(_zeros)
-
-    def _joined(self, join: Callable[[list[Tensor]], Tensor]) -> Catalogue:
-        inputs = {name: join([block.inputs[name].detach() for block in self._blocks]) for name in self._blocks[0].inputs}
-        return Catalogue(inputs, join([block.candidates.detach() for block in self._blocks]))
+        self.ids, self._blocks = ids, items_in_blocks(model, features, ids)  # with their graphs
+        self.vectors = joined(self._blocks)
+        inputs = {name: torch.zeros_like(vectors) for name, vectors in self.vectors.inputs.items()}
+        self.gradients = Catalogue(inputs, torch.zeros_like(self.vectors.candidates))
 
     def rows(self, ids: Tensor) -> Tensor:
         return ids if self.ids is None else torch.searchsorted(self.ids, ids)
@@ -95,10 +88,6 @@ class StepItems:
             pairs += [(vectors, self.gradients.inputs[name][rows]) for name, vectors in block.inputs.items()]
             learned = [pair for pair in pairs if pair[0].requires_grad]
             torch.autograd.backward([vectors for vectors, _ in learned], [gradient for _, gradient in learned])
-
-
-def _zeros(parts: list[Tensor]) -> Tensor:
-    return parts[0].new_zeros(sum(map(len, parts)), *parts[0].shape[1:])
 
 
 def prepare(run: Run, plans: Sequence[Plan], optimizer_step: int) -> list[Part]:
@@ -191,7 +180,7 @@ def add_gradient(run: Run, parts: Sequence[Part]) -> float:
 
 def _over_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
     """The loss over all items, whose vectors are computed at once."""
-    items, first = StepItems(run.model, data.features, None, run.device), 0 if run.quirks.padding_class else 1
+    items, first = StepItems(run.model, data.features), 0 if run.quirks.padding_class else 1
     candidates, gradient = items.vectors.candidates[first:], items.gradients.candidates[first:]
     loss, workspace = candidates.new_zeros(()), scores_workspace(candidates)
     for chunk in part.chunks:
@@ -204,7 +193,7 @@ def _over_candidates(run: Run, data: DomainData, parts: Sequence[Part]) -> Tenso
     """The loss of each part over its own candidates."""
     of_parts = [part.candidates for part in parts if part.candidates is not None]
     ids = torch.cat([columns for columns, _ in of_parts] + [chunk.ids for part in parts for chunk in part.chunks]).unique()
-    items = StepItems(run.model, data.features, ids, run.device)
+    items = StepItems(run.model, data.features, ids)
     loss, workspace = items.vectors.candidates.new_zeros(()), scores_workspace(items.vectors.candidates)
     for (columns, log_weights), part in zip(of_parts, parts, strict=True):
         rows = items.rows(columns)
@@ -239,7 +228,7 @@ def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
     """The loss over all items, whose vectors are computed block by block; every chunk is encoded twice, with the same dropout."""
     model, features, chunks = run.model, data.features, part.chunks
     ids = torch.cat([chunk.ids for chunk in chunks]).unique()
-    items = StepItems(model, features, ids, run.device)
+    items = StepItems(model, features, ids)
     with torch.no_grad():
         users = torch.cat([items.encode(model, chunk)[0] for chunk in chunks])
     targets, scale = torch.cat([chunk.batch.targets for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks])
