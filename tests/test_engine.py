@@ -37,7 +37,7 @@ def test_a_resumed_trial_tells_every_epoch(
     reports.close()
     lines = (out / "curve.jsonl").read_text().splitlines(keepends=True)
     (out / "curve.jsonl").write_text("".join(lines[:lines_in_the_curve]))
-    trial = {"cpus": 1, "out": str(out), "run": to_dict(config)}
+    trial = {"cpus": 1, "gpus": 0, "out": str(out), "run": to_dict(config)}
     engine.run_trial(trial)
     assert told == [1, 2, 3, 4]
     engine.run_trial(trial)

@@ -136,7 +136,7 @@ class ItemFeatures:
     """
 
     n_items: int
-    vectors: dict[Modality, Tensor]  # [I + 1, F], or a memory map [I, F]; a modality that the domain lacks has no entry
+    vectors: dict[Modality, Tensor]  # [I + 1, F], or a memory map [I, F], 0 where absent; a modality that the domain lacks has no entry
     present: dict[Modality, Tensor]  # [I + 1] bool
     encoders: dict[Modality, str]
     digests: dict[Modality, str] = field(default_factory=dict)  # which vectors these are
