@@ -399,7 +399,7 @@ def _train_distributed(rank: int, world: int, folder: str, config: RunConfig) ->
     _save_gradients(config, Path(folder) / f"gradients{rank}.pt")
     drain(config, Path(folder) / "run")
     torch.distributed.destroy_process_group()
-    os._exit(0)  # all files stand; one exit in thirty, gloo's threads abort the interpreter's own end
+    os._exit(0)  # all files stand; in about one exit of thirty a native thread aborts the interpreter while it ends
 
 
 @pytest.mark.slow
