@@ -13,7 +13,8 @@ from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
 from mmm4rec.models.mmm4rec import ModelConfig
 from mmm4rec.training.checkpoint import load_description
-from studies.spec import Parameter, Spec
+from studies.space import Parameter, broken_condition
+from studies.spec import Spec
 
 FILTER_SIZE = "model.filter_size"
 
@@ -52,9 +53,14 @@ class Cell:
         """What a number of this cell means, as its runs' results say it."""
         return self.source.fingerprint + ("+mask_seen" if self.run["data"]["mask_seen"] else "")
 
-    def trial_key(self, config: Mapping[str, Any], seed: int, phase: str) -> str:
-        """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out."""
+    def trial_key(self, config: Mapping[str, Any], seed: int, phase: str, generation: int = 0) -> str:
+        """Names a trial in every store: hash of cell, config, seed and phase. The domain's place on disk is left out.
+
+        Args: generation: how often the cell began anew, because something that its runs do not say (their code, the
+        pre-trained weights) had changed.
+        """
         told = [self.name, self.source.fingerprint, self.init, self.shuffle_features, self.run, dict(config), seed, phase]
+        told += [generation] if generation else []
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -122,7 +128,10 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: i
     model = merge(merge(spec.model, {} if depth is None else {"layers": depth}), arm.model)
     if not source.has_timestamps:
         model["time"] = False
-    training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs})
+    if forbidden := {"epochs", "valid_metric"} & set(arm.training):
+        rule = f"arm '{arm_name}' sets training.{min(forbidden)}, which is the same for every arm."
+        raise BadInput(rule, remedy="Write budget.epochs or metric for the whole study.")
+    training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs, "valid_metric": spec.metric})
     space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
     if not from_dict(ModelConfig, model, source=f"cell {domain}/{arm_name}").has_filter:
         if arm.space.get(FILTER_SIZE) is not None:
@@ -130,6 +139,8 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: i
             raise BadInput(rule, remedy="Take it out of the arm's space.")
         space.pop(FILTER_SIZE, None)
         model.pop("filter_size", None)
+    if broken := broken_condition(space):
+        raise BadInput(f"the space of cell '{domain}/{arm_name}' is wrong: {broken}", remedy="Correct `when`, or the order of the space.")
     return Cell(
         domain=domain,
         arm=arm_name,
@@ -144,7 +155,7 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: i
             "device": "cuda" if spec.resources.gpus else "cpu",
         },
         space=space if trained else {},
-        metric=training.get("valid_metric", "ndcg@10"),
+        metric=spec.metric,
         search_trials=budget.search_trials if space and trained else 0,
         confirm_seeds=budget.confirm_seeds if trained else 1,  # the others draw nothing at random
     )

@@ -1,8 +1,9 @@
-"""One Ray Tune run for all cells of a study: a searcher, a scheduler and a trainable, thin around the journal.
+"""One Ray Tune run for all cells of a study: a searcher, a scheduler and a trainable, thin around the conductor.
 
-The trainable tells each epoch and waits; the scheduler writes it into the journal and answers with ASHA's word; the
-searcher asks the plan for the next trial. Ray keeps nothing that matters: a driver that comes after a kill starts a
-new Tuner, and each unfinished trial goes on from its own `last.ckpt`.
+The trainable tells each epoch and waits; the scheduler passes it on and answers with the conductor's word; the searcher
+asks for the next trial. Ray keeps nothing that matters: a driver that comes after a kill starts a new Tuner, and each
+unfinished trial goes on from its own `last.ckpt`. A trial's own failure is told like an epoch, so that its actor lives on;
+Ray speaks of failures only where a process or a machine was lost, and it never retries: the journal decides.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,13 @@ from ray.tune.search import Searcher
 
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
-from mmm4rec.execute import execute
-from mmm4rec.run import Assembled, RunConfig
+from mmm4rec.run import RunConfig
 from studies.cells import Cell, nested
-from studies.mlflow_tracker import MlflowTracker
-from studies.plan import Plan
-from studies.progress import Progress
+from studies.conductor import Conductor, run_trial_files
 from studies.spec import Resources
-from studies.state import Trial, locked
-from studies.suggestions import Suggestions
+from studies.state import FailureKind, Trial, locked
+
+log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -45,12 +45,11 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the journal and our progress lines say it
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial may take so long to close before its actor is used again
+    "TUNE_MAX_PENDING_TRIALS_PG": "2",  # a trial waits while another starts: free slots are filled at once
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own snapshots of the experiment are never read
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "MALLOC_ARENA_MAX": "1",  # every trial is a new thread of its actor: with an arena each, glibc's memory grows and grows
 }
-
-
-RETRIES = 1  # of a trial that failed, from its last.ckpt, before its failure is recorded
 
 
 def start_ray(resources: Resources, *, workers: int = 1) -> None:
@@ -87,7 +86,7 @@ def run_config(cell: Cell, trial: Trial, pretrained: Path | None) -> RunConfig:
 
 
 def run_trial(config: dict[str, Any]) -> None:
-    """The trainable: tells its curve so far, then goes on from where it stands, epoch by epoch.
+    """The trainable: one trial, in its folder, from where it stands.
 
     Only one process works in a trial's folder: a worker that outlives a killed driver keeps the next one waiting.
     """
@@ -96,54 +95,46 @@ def run_trial(config: dict[str, Any]) -> None:
         torch.cuda.set_per_process_memory_fraction(config["gpus"])
     out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", wait=True):
-        if (out / "result.json").exists():
-            for row in read_curve(out):
-                _tell(row)
-            return
-        run = from_dict(RunConfig, config["run"], source=f"trial {out.name}")
-        with closing(execute(run, out, resume=True, on_start=_tell_history)) as reports:
-            for report in reports:
-                _tell(to_dict(report))
+    with locked(out / ".lock", wait=True), logged(out / "log.txt"):
+        run_trial_files(config, out, _tell)
 
 
-def _tell_history(assembled: Assembled) -> None:
-    """What last.ckpt knows: a kill may have come before the last of it was told."""
-    for report in assembled.run.state.history:
-        _tell(to_dict(report))
+def _tell(message: dict[str, Any]) -> None:
+    """Ray's loggers want flat metrics; the conductor wants the message as it is."""
+    tune.report({"epoch": message.get("row", {}).get("epoch", -1), "message": json.dumps(message)})
 
 
-def _tell(row: dict[str, Any]) -> None:
-    tune.report({"epoch": row["epoch"], "row": json.dumps(row)})
-
-
-def read_curve(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's curve; a line that a kill cut short is left out."""
-    file = out / "curve.jsonl"
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+@contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """Inside, what is logged and warned of goes to the end of a file too."""
+    handler, root = logging.FileHandler(file, encoding="utf-8", delay=True), logging.getLogger()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {platform.node()} %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    root.addHandler(handler)
+    log.warning("trial %s begins or goes on, process %d", file.parent.name, os.getpid())
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+        logging.captureWarnings(False)
 
 
 class StudySearcher(Searcher):
-    """Asks the plan for the next trial."""
+    """Asks the conductor for the next trial."""
 
-    def __init__(
-        self, plan: Plan, suggestions: Suggestions, launch: Callable[[Trial], dict[str, Any]], give_up: Callable[[str], None]
-    ) -> None:
+    def __init__(self, conductor: Conductor, launch: Callable[[Trial], dict[str, Any]]) -> None:
         super().__init__()
-        self._plan, self._suggestions, self._launch, self._give_up = plan, suggestions, launch, give_up
+        self._conductor, self._launch = conductor, launch
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        trial = self._plan.next_trial(self._suggestions.suggest)
+        trial = self._conductor.next_trial()
         if trial is not None:
             return self._launch(trial)
-        return Searcher.FINISHED if self._plan.done() else None  # type: ignore[return-value]
+        return Searcher.FINISHED if self._conductor.over() else None  # type: ignore[return-value]
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Of an end the scheduler has heard; but only a searcher is not told of a failure that Tune retries."""
-        if error:
-            self._give_up(trial_id)
+        """The scheduler has heard it."""
 
     def save(self, checkpoint_path: str) -> None:
         """Ray's own restore is never used."""
@@ -153,77 +144,62 @@ class StudySearcher(Searcher):
 
 
 class StudyScheduler(FIFOScheduler):
-    """Writes what trials tell into the journal, and passes on who goes on."""
+    """Passes on what trials tell, and the conductor's word on who goes on."""
 
-    def __init__(self, plan: Plan, suggestions: Suggestions, tracker: MlflowTracker, progress: Progress) -> None:
+    def __init__(self, conductor: Conductor) -> None:
         super().__init__()
-        self._plan, self._suggestions, self._tracker, self._progress = plan, suggestions, tracker, progress
-        self._erring: dict[str, TuneTrial] = {}  # by Tune's id
+        self._conductor = conductor
+        self._failed: set[str] = set()  # Tune's ids of trials that told their failure and have not ended yet
 
     def on_trial_result(self, controller: Any, trial: TuneTrial, result: dict[str, Any]) -> str:
-        key = trial.config["trial_key"]
-        row = json.loads(result["row"])
-        keep = self._plan.report(key, row)
-        self._tracker.trial(key)
-        self._progress.epoch(key, row)
-        return self.CONTINUE if keep else self.STOP
+        key, message = trial.config["trial_key"], json.loads(result["message"])
+        if "failure" in message:
+            self._failed.add(trial.trial_id)
+            self._conductor.failed(key, message["failure"], message["reason"])
+            return self.STOP
+        return self.CONTINUE if self._conductor.report(key, message["row"]) else self.STOP
 
     def on_trial_complete(self, controller: Any, trial: TuneTrial, result: dict[str, Any]) -> None:
+        if trial.trial_id in self._failed:
+            self._failed.remove(trial.trial_id)
+            return
         file = Path(trial.config["out"]) / "result.json"
-        if file.exists():
-            self._end(trial, "finished", result=json.loads(file.read_text(encoding="utf-8")))
-        else:  # changes nothing where the trial was pruned
-            self._end(trial, "failed", reason="ended without a result.json")
+        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        self._conductor.ended(trial.config["trial_key"], told)
 
     def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
-        """Called for a failure that Tune retries as for a last one."""
-        self._erring[trial.trial_id] = trial
-
-    def give_up(self, trial_id: str) -> None:
-        """The failure was the last."""
-        trial = self._erring[trial_id]
-        self._end(trial, "failed", reason=_read_error(trial))
-
-    def _end(self, trial: TuneTrial, outcome: Any, **facts: Any) -> None:
-        key = trial.config["trial_key"]
-        self._plan.journal.end(key, outcome, **facts)
-        ended = self._plan.journal.trial(key)
-        if ended.phase == "search":
-            self._suggestions.tell(self._plan.cells[ended.cell], ended)
-        self._tracker.trial(key)
-        self._progress.ended(ended)
+        reason = _read_error(trial)
+        kind: FailureKind = "out_of_memory" if "OutOfMemory" in reason else "lost"
+        self._conductor.failed(trial.config["trial_key"], kind, reason)
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-def run_cells(
-    plan: Plan, suggestions: Suggestions, tracker: MlflowTracker, *, folder: Path, resources: Resources, pretrained: Path | None
-) -> None:
-    """Run what the plan still wants, until it is done or the user interrupts."""
+def run_cells(conductor: Conductor, *, folder: Path, pretrained: Path | None) -> None:
+    """Run what the plan still wants, until it is done or the conductor stops."""
+    plan, resources = conductor.plan, conductor.resources
 
     def launch(trial: Trial) -> dict[str, Any]:
         run = to_dict(run_config(plan.cells[trial.cell], trial, pretrained))
         out = (folder / "trials" / trial.trial_key).resolve()
-        return {"trial_key": trial.trial_key, "out": str(out), "run": run, "cpus": resources.cpus, "gpus": resources.gpus}
+        asked = {"cpus": resources.cpus, "gpus": resources.gpus, "halvings": conductor.halvings(trial)}
+        return {"trial_key": trial.trial_key, "out": str(out), "run": run, **asked}
 
-    scheduler = StudyScheduler(plan, suggestions, tracker, Progress(plan))
     storage = (folder / "ray").resolve()
     shutil.rmtree(storage / "tune", ignore_errors=True)
     tune.Tuner(
         tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus}),
         tune_config=tune.TuneConfig(
-            search_alg=StudySearcher(plan, suggestions, launch, scheduler.give_up),
-            scheduler=scheduler,
+            search_alg=StudySearcher(conductor, launch),
+            scheduler=StudyScheduler(conductor),
             num_samples=-1,
             max_concurrent_trials=resources.concurrent,
             reuse_actors=True,
             trial_name_creator=_trial_name,
-            trial_dirname_creator=_trial_name,
+            trial_dirname_creator=_trial_folder,
         ),
-        run_config=tune.RunConfig(
-            name="tune", storage_path=str(storage), verbose=0, failure_config=tune.FailureConfig(max_failures=RETRIES)
-        ),
+        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
     ).fit()
 
 
@@ -234,3 +210,8 @@ def _read_error(trial: TuneTrial) -> str:
 
 def _trial_name(trial: TuneTrial) -> str:
     return str(trial.config["trial_key"])
+
+
+def _trial_folder(trial: TuneTrial) -> str:
+    """A trial that is tried again has another folder of Ray's."""
+    return f"{trial.config['trial_key']}_{trial.trial_id}"

@@ -2,55 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from studies.cells import Cell
-from studies.spec import Budget
+from studies.spec import Budget, WarmStart
 from studies.state import Journal, Phase, Trial
+from studies.warm_start import Prior, priors, waits_for
 
 SEEDS = 10_000  # a phase's share of seeds: a study of seed s searches with 2 s SEEDS + number, and confirms with SEEDS more
+
+Suggest = Callable[[Cell, int, Mapping[str, Any]], dict[str, Any]]  # a cell's n-th config; what the mapping holds is given
 
 
 class Plan:
     """What comes next, and which trials are worth going on with. A function of the journal alone, but for `handed out`."""
 
-    def __init__(self, journal: Journal, cells: Sequence[Cell], budget: Budget, seed: int) -> None:
-        self.journal, self.budget, self.seed = journal, budget, seed
+    def __init__(
+        self, journal: Journal, cells: Sequence[Cell], budget: Budget, seed: int, *, warm: WarmStart | None = None, gpus: float = 0.0
+    ) -> None:
+        """Args: gpus: what a trial takes, for a budget in GPU hours."""
+        self.journal, self.budget, self.seed, self.warm, self.gpus = journal, budget, seed, warm, gpus
         self.cells = {cell.name: cell for cell in cells}
         self._handed_out: set[str] = set()  # trials that this process runs
 
-    def next_trial(self, suggest: Callable[[Cell, int], dict[str, Any]]) -> Trial | None:
+    def next_trial(self, suggest: Suggest) -> Trial | None:
         """The next trial to run, noted as running; None when there is nothing to start now.
 
-        First what an earlier driver left unfinished. Then confirm trials of cells whose search is over; then search
-        trials, where fewest run (so that a suggestion knows as many results as can be); then the spec's order.
+        First what an earlier driver or a failed attempt left unfinished. Then confirm trials of cells whose search is over;
+        then search trials, where fewest run (so that a suggestion knows as many results as can be); then the spec's order.
         Args: suggest: gives the config of a cell's n-th search trial.
         """
-        left_over = [t for t in self.journal.trials() if t.outcome == "running" and t.trial_key not in self._handed_out]
+        left_over = [t for t in self.journal.trials(outcome="running") if t.cell in self.cells and t.trial_key not in self._handed_out]
         trial = left_over[0] if left_over else self._new_trial(suggest)
         if trial is not None:
             self._handed_out.add(trial.trial_key)
         return trial
 
-    def _new_trial(self, suggest: Callable[[Cell, int], dict[str, Any]]) -> Trial | None:
+    def take_back(self, trial_key: str) -> None:
+        """This process runs the trial no longer; where it is unfinished, it is handed out again."""
+        self._handed_out.discard(trial_key)
+
+    def _new_trial(self, suggest: Suggest) -> Trial | None:
         counts = self.journal.counts()
         open_phases: list[tuple[bool, int, int, Phase, Cell]] = []
         for cell in self.cells.values():
             phase = self._open_phase(cell, counts)
-            if phase is not None:
+            if phase is not None and not (phase == "search" and self._waits(cell, counts)):
                 open_phases.append((phase == "search", counts.get((cell.name, phase, "running"), 0), len(open_phases), phase, cell))
         if not open_phases:
             return None
         *_, phase, cell = min(open_phases, key=lambda entry: entry[:3])
         number = _total(counts, cell, phase)
-        config = suggest(cell, number) if phase == "search" else (self.chosen(cell) or {})
         seed = (2 * self.seed + (phase == "confirm")) * SEEDS + number
-        return self.journal.start(cell, phase, number, seed, config)
+        if phase == "confirm":
+            return self.journal.start(cell, phase, number, seed, self.chosen(cell) or {})
+        prior = self._prior(cell, number)
+        config = suggest(cell, number, prior.config if prior else {})
+        return self.journal.start(cell, phase, number, seed, config, prior.origin if prior else None)
+
+    def _prior(self, cell: Cell, number: int) -> Prior | None:
+        """What the cell's n-th search trial begins with."""
+        begin = priors(cell, self.warm, self.journal, self.cells)
+        return begin[number] if number < len(begin) else None
+
+    def _waits(self, cell: Cell, counts: dict[tuple[str, str, str], int]) -> bool:
+        """Whether searches that this one begins from are not over."""
+        before = [self.cells[name] for name in waits_for(cell, self.warm, self.cells)]
+        return any(self._searches(other, counts) or counts.get((other.name, "search", "running"), 0) for other in before)
+
+    def _searches(self, cell: Cell, counts: dict[tuple[str, str, str], int]) -> bool:
+        """Whether the cell has search trials to begin."""
+        return _total(counts, cell, "search") < cell.search_trials and not self._spent(cell)
+
+    def _spent(self, cell: Cell) -> bool:
+        """Whether the cell's search has used its GPU hours."""
+        if self.budget.gpu_hours is None:
+            return False
+        _, seconds = self.journal.spent().get((cell.name, "search"), (0, 0.0))
+        return seconds * self.gpus / 3600 >= self.budget.gpu_hours
 
     def _open_phase(self, cell: Cell, counts: dict[tuple[str, str, str], int]) -> Phase | None:
-        """The phase in which the cell can start a trial now."""
-        if _total(counts, cell, "search") < cell.search_trials:
+        """The phase in which the cell has a trial to begin, be it now or when the cells that it waits for are over."""
+        if self._searches(cell, counts):
             return "search"
         if counts.get((cell.name, "search", "running"), 0) or _total(counts, cell, "confirm") >= cell.confirm_seeds:
             return None
@@ -97,10 +131,7 @@ class Plan:
 
     def done(self) -> bool:
         """Every cell has all its confirm trials, or no search trial that could give a config."""
-        counts = self.journal.counts()
-        if any(outcome == "running" for _, _, outcome in counts):
-            return False
-        return all(self._open_phase(cell, counts) is None for cell in self.cells.values())
+        return self.cells_done() == len(self.cells)
 
     def cells_done(self) -> int:
         counts = self.journal.counts()

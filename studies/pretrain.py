@@ -27,7 +27,7 @@ from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.run import RunConfig
 from studies.cells import Source
-from studies.engine import read_curve
+from studies.conductor import read_curve
 from studies.mlflow_tracker import MlflowTracker
 from studies.spec import Spec, add_arguments, load_spec
 

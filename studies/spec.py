@@ -5,12 +5,16 @@
     pretrain: {sources: [...], training: {...}, workers: 2}     # or {checkpoint: path}
     model: {width: 64}              # what every run starts from, pre-training too
     training: {batch_size: 256}     # what every cell starts from
-    space: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}
+    space: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}      # or choices; integer; when: {other: [value]}
+    metric: ndcg@10                 # of validation: what is searched, pruned and chosen by
     arms: {pretrained: {init: pretrained}, text_only: {init: pretrained, model: {modalities: text}}}
     cells: [{domains: [...], arms: [...]}]
     baseline: scratch               # the arm that every other one is compared with, user by user (optional)
     mask_seen: false                # true: what a user has had is left out of the ranking, in every run
-    budget: {search_trials: 6, epochs: 20}
+    budget: {search_trials: 6, epochs: 20, confirm_seeds: 3, gpu_hours: 4}    # of every cell
+    warm_start_from: {domains: [...]}        # or {studies: [folder]}: begin a search at the best configs found elsewhere
+    resources: {concurrent: 2, cpus: 1, gpus: 0.5, retries: 2, disk_gb: 100}
+    stores: {storage: s3://bucket/studies, optuna: "postgresql://me:${PGPASSWORD}@db/optuna", mlflow: http://tracking:5000}
 
 An arm is never a dimension of the search: every cell is searched alone.
 """
@@ -18,36 +22,19 @@ An arm is never a dimension of the search: every cell is searched alone.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmm4rec.config import from_dict, load_yaml, to_dict
 from mmm4rec.errors import BadInput
+from mmm4rec.training.metrics import METRIC_NAMES
+from studies.space import Parameter
 
 SPECS = Path(__file__).parent / "specs"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One dimension of a search space: a range of floats, or choices."""
-
-    low: float | None = None
-    high: float | None = None
-    log: bool = False
-    choices: tuple[Any, ...] | None = None
-
-    def __post_init__(self) -> None:
-        ranged = self.low is not None and self.high is not None
-        if ranged == (self.choices is not None):
-            raise ValueError("needs either low and high, or choices.")
-        if ranged and not (self.low < self.high and (self.low > 0 or not self.log)):  # type: ignore[operator]
-            raise ValueError(f"runs from {self.low} to {self.high}; it must rise, and start above 0 where log is on.")
-
-    def ends(self) -> tuple[Any, ...]:
-        """Values that must all be allowed: the bounds, or every choice."""
-        return (self.low, self.high) if self.choices is None else self.choices
 
 
 @dataclass(frozen=True)
@@ -69,8 +56,8 @@ class Domains:
     text_encoder: TextEncoder | None = None
 
     def __post_init__(self) -> None:
-        if self.demo == bool(self.prepare):
-            raise ValueError("needs either `demo: true` or `prepare`.")
+        if not self.demo and not self.prepare:
+            raise ValueError("needs `demo: true` or `prepare`.")
 
 
 @dataclass(frozen=True)
@@ -111,15 +98,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Budget:
-    """What each cell may use."""
+    """What each cell may use: the same for every arm."""
 
     search_trials: int = 8
     epochs: int = 100
     grace_epochs: int = 2  # ASHA: the first rung; each next one is `reduction` times as far
     reduction: int = 3
     confirm_seeds: int = 3
+    gpu_hours: float | None = None  # when its search has used so many, no new search trial begins in the cell
 
     def __post_init__(self) -> None:
+        if self.gpu_hours is not None and self.gpu_hours <= 0:
+            raise ValueError(f"has gpu_hours {self.gpu_hours}; it must be above 0, or null for no limit.")
         if not 1 <= self.search_trials <= 10_000 or self.epochs < 1 or self.confirm_seeds < 1:
             raise ValueError("needs search_trials within 1..10000, epochs and confirm_seeds of at least 1.")
         if self.grace_epochs < 1 or self.reduction < 2:
@@ -135,12 +125,56 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class WarmStart:
+    """Where searches begin: at the best configs of the same arm, in domains of this study before in the order, or in finished studies."""
+
+    domains: tuple[str, ...] = ()  # their order: a cell waits for the searches of its arm in the domains before it
+    studies: tuple[str, ...] = ()  # folders of finished studies
+
+    def __post_init__(self) -> None:
+        if bool(self.domains) == bool(self.studies):
+            raise ValueError("needs either domains or studies.")
+        if len(set(self.domains)) != len(self.domains):
+            raise ValueError("names a domain twice.")
+
+
+@dataclass(frozen=True)
 class Resources:
-    """How many trials run at once, and what each takes."""
+    """How many trials run at once, what each takes, and what a failure may cost."""
 
     concurrent: int = 2
     cpus: int = 1
     gpus: float = 0.0
+    retries: int = 2  # of a trial that raised an error; an epoch finished in between starts the count anew
+    lost_retries: int = 10  # the same for one whose process or machine was lost
+    disk_gb: float | None = None  # for trials' files: above it, weights of search trials go, worst first; null: no limit
+
+    def __post_init__(self) -> None:
+        if self.concurrent < 1 or self.cpus < 1 or self.gpus < 0 or min(self.retries, self.lost_retries) < 0:
+            raise ValueError("needs concurrent and cpus of at least 1, gpus, retries and lost_retries of at least 0.")
+        if self.gpus > 1 and not float(self.gpus).is_integer():
+            raise ValueError(f"has gpus {self.gpus}; above 1 it must be a whole number.")
+        if self.disk_gb is not None and self.disk_gb <= 0:
+            raise ValueError(f"has disk_gb {self.disk_gb}; it must be above 0, or null for no limit.")
+
+
+@dataclass(frozen=True)
+class Stores:
+    """Where a study's facts go, if not into its folder. ${NAME} stands for an environment variable: no secret belongs into a file."""
+
+    storage: str | None = None  # a folder or s3://, gs:// that every node reaches: trials' files, domains, snapshots
+    optuna: str | None = None  # postgresql://... of Optuna's storage
+    mlflow: str | None = None  # http://... or postgresql://... of MLflow
+
+    def filled(self) -> Stores:
+        """With the environment's values in the place of ${NAME}. Raises BadInput where one is missing."""
+        return Stores(*(None if text is None else re.sub(r"\$\{(\w+)\}", _variable, text) for text in vars(self).values()))
+
+
+def _variable(found: re.Match[str]) -> str:
+    if found[1] not in os.environ:
+        raise BadInput(f"stores name the environment variable {found[1]}, which is not set.", remedy=f"export {found[1]}=...")
+    return os.environ[found[1]]
 
 
 @dataclass(frozen=True)
@@ -158,8 +192,11 @@ class Spec:
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Parameter] = field(default_factory=dict)
+    metric: str = "ndcg@10"
+    warm_start_from: WarmStart | None = None
     budget: Budget = Budget()
     resources: Resources = Resources()
+    stores: Stores = Stores()
 
     def __post_init__(self) -> None:
         pairs = [(domain, arm) for group in self.cells for domain in group.domains for arm in group.arms]
@@ -173,6 +210,12 @@ class Spec:
             raise ValueError(f"baseline is '{self.baseline}', which is no arm of the cells: {', '.join(compared)}.")
         if "epochs" in self.training:
             raise ValueError("training.epochs is the budget's: write budget.epochs.")
+        if "valid_metric" in self.training:
+            raise ValueError("training.valid_metric is the study's: write metric.")
+        if self.metric not in METRIC_NAMES:
+            raise ValueError(f"metric is '{self.metric}'; it must be one of {', '.join(METRIC_NAMES)}.")
+        if self.budget.gpu_hours is not None and not self.resources.gpus:
+            raise ValueError("budget.gpu_hours limits trials on GPUs, and resources.gpus is 0.")
         if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
             raise ValueError("has pretrained arms and no `pretrain`.")
         if not self.study or Path(self.study).name != self.study:
@@ -207,6 +250,26 @@ def on_domains(spec: Spec, names: Sequence[str]) -> Spec:
         "cells": [{"domains": list(names), "arms": list(arms)}],
     }
     return from_dict(Spec, {**to_dict(spec), **changes}, source=f"study {spec.study} on {', '.join(names)}")
+
+
+def extended(spec: Spec, additions: Sequence[Mapping[str, Any]]) -> Spec:
+    """The spec with what joined the living study: each addition names `domains` and `arms` (name: definition).
+
+    A new domain gets every arm of the study, a new arm every domain. Raises BadInput where one is there already, or wrong.
+    """
+    told = to_dict(spec)
+    for addition in additions:
+        domains = list(dict.fromkeys(domain for group in told["cells"] for domain in group["domains"]))
+        arms = list(dict.fromkeys(arm for group in told["cells"] for arm in group["arms"]))
+        new_domains, new_arms = addition.get("domains", []), addition.get("arms", {})
+        if twice := [name for name in (*new_domains, *new_arms) if name in (*domains, *told["arms"])]:
+            raise BadInput(f"study '{spec.study}' has '{twice[0]}' already.", remedy="Give another name.")
+        groups = [{"domains": new_domains, "arms": [*arms, *new_arms]}, {"domains": domains, "arms": list(new_arms)}]
+        told["arms"] |= new_arms
+        told["cells"] = [*told["cells"], *(group for group in groups if group["domains"] and group["arms"])]
+        prepared = {name: name for name in new_domains if not spec.domains.demo or name not in addition.get("demo", [])}
+        told["domains"]["prepare"] = {**told["domains"]["prepare"], **prepared}
+    return from_dict(Spec, told, source=f"study {spec.study}, extended")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,118 +3,267 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import json
+import shutil
+import signal
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import ray
 import yaml
 
 from mmm4rec.config import to_dict
+from mmm4rec.data.domain import write_atomically
+from mmm4rec.errors import BadInput
+from mmm4rec.execute import code_version
 from studies.cells import Cell, Source, build_cells
+from studies.conductor import Conductor, failure_kind
 from studies.domains import make_domains
 from studies.engine import run_cells, run_config, start_ray
-from studies.mlflow_tracker import MlflowTracker, store_uri
+from studies.files import tidy
+from studies.ledger import cell_ledger
+from studies.mlflow_store import store_uri
+from studies.mlflow_tracker import MlflowTracker
 from studies.plan import Plan
 from studies.pretrain import pretrain, pretrain_config
-from studies.spec import Spec
+from studies.progress import Progress
+from studies.spec import Spec, extended
 from studies.state import Journal, Trial, locked, now_ms
-from studies.suggestions import Suggestions
+from studies.suggestions import Suggestions, sqlite_url
 from studies.tables import write_tables
 
-UNPINNED = ("resources", "baseline")  # keys of a spec that decide no number: they may change while the study lives
+UNPINNED = ("resources", "baseline", "stores")  # keys of a spec that decide no number: they may change while the study lives
+BUDGETS = ("search_trials", "confirm_seeds")  # of a cell: what has run stays good when they change
+PRETRAINING, CHECKPOINT, CODE = "pre-training", "pre-trained checkpoint", "code"  # pinned beside the spec and the cells
+
+Accept = Callable[[str], bool]  # hears what differs from how a study began, and says whether to go on
 
 
-@dataclass(frozen=True)
+def refuse(text: str) -> bool:
+    """Accept nothing."""
+    return False
+
+
+@dataclass
 class Study:
     """An open study. Only one process has it open."""
 
-    spec: Spec
+    spec: Spec  # with what joined it
     folder: Path
     sources: dict[str, Source]
     plan: Plan
     tracker: MlflowTracker
+    data: Path | None
+    accept: Accept
+    optuna_url: str
+    began: Spec = field(repr=False)  # without
 
     def pretrain(self) -> Path | None:
-        """The checkpoint of the pretrained arms; it stays the one that the study began with."""
+        """The checkpoint of the pretrained arms. When it is another one than before, and that is accepted, their cells begin anew."""
         checkpoint = pretrain(self.spec, self.sources, self.folder, self.tracker)
         if checkpoint is not None:
-            digest = hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]
-            self.plan.journal.pin("pre-trained checkpoint", {"sha256": digest})
+            facts = {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]}
+            settle(self.plan.journal, {CHECKPOINT: facts}, self.plan.cells, self.accept)
         return checkpoint
+
+    def conductor(self) -> Conductor:
+        """What hands out this study's trials."""
+        journal, spec = self.plan.journal, self.spec
+        return Conductor(
+            self.plan,
+            Suggestions(journal, self.optuna_url, study=spec.study, seed=spec.seed),
+            self.tracker,
+            Progress(self.plan),
+            spec.resources,
+            take_up=self.take_up,
+            tidy=lambda trial: tidy(self.folder / "trials", journal, trial, disk_gb=spec.resources.disk_gb),
+        )
+
+    def take_up(self) -> None:
+        """Bring in the cells of domains and arms that were added since the study was opened."""
+        self.spec = extended(self.began, additions(self.plan.journal))
+        self.sources = make_domains(self.spec.domains, self.folder / "domains", data=self.data, seed=self.spec.seed)
+        cells, _ = build_cells(self.spec, self.sources)
+        settle(self.plan.journal, {f"cell {cell.name}": _cell_facts(cell) for cell in cells}, {}, refuse)
+        self.plan.journal.add_cells([cell.name for cell in cells])
+        self.plan.cells.update({cell.name: cell for cell in cells})
+        self.tracker.add_cells(cells)
+        _write_spec(self.spec, self.folder)
 
 
 @contextmanager
-def open_study(spec: Spec, out: Path, *, data: Path | None, say: Callable[[str], None] = print) -> Iterator[Study]:
+def open_study(
+    spec: Spec, out: Path, *, data: Path | None, accept: Accept = refuse, resume: bool = False, say: Callable[[str], None] = print
+) -> Iterator[Study]:
     """Open the study under `out`, or begin it: check the spec, make the domains, read or start the journal.
 
-    Raises BadInput where the spec is wrong or was another one, a domain cannot be made, or another process works on it.
+    Args: resume: only a study that exists. accept: is asked about what differs from how the study began (spec, cells, code).
+    Raises BadInput where the spec is wrong or its changes are not accepted, a domain cannot be made, or another process
+    works on it.
     """
     check(spec)
-    folder = out / spec.study
+    folder, stores = out / spec.study, spec.stores.filled()
+    if resume and not (folder / "study.sqlite3").is_file():
+        raise BadInput("holds no study to resume.", file=folder, remedy="Correct --out or the spec, or leave --resume out to begin.")
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock", wait=False):
         journal = Journal(folder / "study.sqlite3")
-        told = to_dict(spec)
-        journal.pin("spec", {key: value for key, value in told.items() if key not in UNPINNED})
-        journal.remember("begun_ms", str(now_ms()))
-        (folder / "spec.yaml").write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        sources = make_domains(spec.domains, folder / "domains", data=data, seed=spec.seed)
-        journal.pin("features", {name: dict(source.features or {}) for name, source in sources.items()})
-        cells, warnings = build_cells(spec, sources)
-        for warning in warnings:
-            say(f"warning: {warning}")
-        journal.add_cells(cells)
-        tracker = MlflowTracker(folder, spec, cells, journal.path)
-        tracker.start()
         try:
-            yield Study(spec, folder, sources, Plan(journal, cells, spec.budget, spec.seed), tracker)
+            journal.remember("begun_ms", str(now_ms()))
+            whole = extended(spec, additions(journal))
+            sources = make_domains(whole.domains, folder / "domains", data=data, seed=spec.seed)
+            cells, warnings = build_cells(whole, sources)
+            for warning in warnings:
+                say(f"warning: {warning}")
+            _settle_all(journal, spec, cells, sources, folder, accept)
+            _write_spec(whole, folder)
+            tracker = MlflowTracker(folder, whole, cells, journal.path, stores.mlflow)
+            tracker.start()
+            plan = Plan(journal, cells, spec.budget, spec.seed, warm=spec.warm_start_from, gpus=spec.resources.gpus)
+            optuna_url = stores.optuna or sqlite_url(folder / "optuna.sqlite3")
+            try:
+                yield Study(whole, folder, sources, plan, tracker, data, accept, optuna_url, spec)
+            finally:
+                tracker.close()
         finally:
-            tracker.close()
             journal.close()
 
 
-def run_study(spec: Spec, out: Path, *, data: Path | None) -> int:
-    """Run what is left of the study and report. Exit status: 0 done, 1 interrupted or a cell without a result."""
-    with open_study(spec, out, data=data) as study:
-        for trial in study.plan.journal.trials():
-            study.tracker.trial(trial.trial_key)
-        if not study.plan.done():
-            _work(study)
+def additions(journal: Journal) -> list[dict[str, Any]]:
+    """What joined the study after it had begun."""
+    return json.loads(journal.fact("additions") or "[]")
+
+
+def _settle_all(journal: Journal, spec: Spec, cells: tuple[Cell, ...], sources: Mapping[str, Source], folder: Path, accept: Accept) -> None:
+    facts: dict[str, dict[str, Any]] = {"spec": {key: value for key, value in to_dict(spec).items() if key not in UNPINNED}}
+    facts[CODE] = {"version": code_version()}
+    if spec.pretrain is not None and spec.pretrain.sources:
+        config = to_dict(pretrain_config(spec, dict(sources)))
+        config["data"]["domains"] = {name: [sources[name].fingerprint, sources[name].features] for name in spec.pretrain.sources}
+        facts[PRETRAINING] = {key: value for key, value in config.items() if key != "device"}
+    facts |= {f"cell {cell.name}": _cell_facts(cell) for cell in cells}
+    changed = settle(journal, facts, {cell.name: cell for cell in cells}, accept)
+    if PRETRAINING in changed and (folder / "pretrain").exists():
+        (folder / "pretrain").rename(folder / f"pretrain.superseded_{now_ms()}")
+    for name in set(journal.cell_names()) - {cell.name for cell in cells}:
+        journal.supersede(name)
+    journal.add_cells([cell.name for cell in cells])
+
+
+def settle(journal: Journal, facts: Mapping[str, dict[str, Any]], cells: Mapping[str, Cell], accept: Accept) -> set[str]:
+    """Note the facts that a study's numbers rest on. Where they were others, ask; then set aside what rests on the old ones.
+
+    Returns the keys that changed. Raises BadInput, with the differences, where the change is not accepted.
+    """
+    changes = {key: text for key, told in facts.items() if (text := journal.change(key, told))}
+    if changes:
+        text = "".join(f"{key}:\n{lines}" for key, lines in changes.items())
+        if not accept(text):
+            remedy = "Accept the changes with --yes (what rests on them begins anew, nothing is deleted), or give the study another name."
+            raise BadInput(f"was begun with another {text}", file=journal.path, remedy=remedy)
+    with journal.transaction():
+        for key in changes:
+            _supersede(journal, key, facts[key], cells)
+        for key, told in facts.items():
+            journal.pin(key, told)
+    return set(changes)
+
+
+def _supersede(journal: Journal, key: str, now: Mapping[str, Any], cells: Mapping[str, Cell]) -> None:
+    """Set aside the trials that rest on a fact that has changed."""
+    if key == CHECKPOINT:
+        for cell in cells.values():
+            if cell.init == "pretrained":
+                journal.supersede(cell.name)
+    elif key.startswith("cell "):
+        before = json.loads(journal.fact(key) or "{}")
+        if any(before.get(name) != now.get(name) for name in {*before, *now} - set(BUDGETS)):
+            journal.supersede(key.removeprefix("cell "))
+        elif before["search_trials"] != now["search_trials"]:
+            journal.supersede(key.removeprefix("cell "), "confirm")
+
+
+def _cell_facts(cell: Cell) -> dict[str, Any]:
+    facts = to_dict(cell)
+    facts["source"].pop("path")
+    return json.loads(json.dumps(facts))
+
+
+def _write_spec(spec: Spec, folder: Path) -> None:
+    write_atomically(folder / "spec.yaml", yaml.safe_dump(to_dict(spec), sort_keys=False, allow_unicode=True).encode())
+
+
+def run_study(spec: Spec, out: Path, *, data: Path | None, accept: Accept = refuse, resume: bool = False) -> int:
+    """Run what is left of the study and report. Exit status: 0 done, 1 stopped or a cell without a result."""
+    with open_study(spec, out, data=data, accept=accept, resume=resume) as study:
+        journal = study.plan.journal
+        journal.heard("stop")  # of an earlier driver
+        for key in journal.untracked():
+            study.tracker.trial(key)
+        stopped = None if study.plan.done() else _work(study)
+        for name, cell in study.plan.cells.items():
+            study.tracker.ledger(name, cell_ledger(study.plan, cell))
         study.tracker.flush()
         if not study.plan.done():
-            print("Interrupted. The same command goes on from here.")
+            print(f"Stopped: {stopped or 'interrupted'}. The same command, or --resume, goes on from here.")
             return 1
         return _report(study)
 
 
-def _work(study: Study) -> None:
+def _work(study: Study) -> str | None:
+    """Pre-train, then run the cells; why it stopped, if it did before the end."""
     pre = study.spec.pretrain
     start_ray(study.spec.resources, workers=pre.workers if pre and pre.sources else 1)
     try:
         checkpoint = study.pretrain()
-        seed_name = f"{study.spec.study} {study.spec.seed}"
-        suggestions = Suggestions(study.plan.journal, study.folder / "optuna.sqlite3", seed_name=seed_name)
-        run_cells(study.plan, suggestions, study.tracker, folder=study.folder, resources=study.spec.resources, pretrained=checkpoint)
+        conductor = study.conductor()
+        with _stopping_gently(conductor):
+            run_cells(conductor, folder=study.folder, pretrained=checkpoint)
+        return conductor.stopping
+    except (OSError, sqlite3.Error) as error:
+        if failure_kind(error) != "disk_full":
+            raise
+        return f"the disk is full ({error}); free some space"
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _stopping_gently(conductor: Conductor) -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT let the running epochs end and begin nothing new; a second one interrupts."""
+
+    def stop(number: int, frame: object) -> None:
+        for one in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(one, signal.default_int_handler)
+        conductor.stopping = f"signal {signal.Signals(number).name}"
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(study: Study) -> int:
     folder, journal = study.folder, study.plan.journal
     study.tracker.baseline()
     study.tracker.flush()
-    table = write_tables(folder)
-    if journal.fact("reported_ms") is None:
+    table = write_tables(folder, uri=study.spec.stores.filled().mlflow)
+    if (stands := str(len(journal.trials()))) != journal.fact("reported"):
         study.tracker.finish([path for name in ("tables", "figures") if (path := folder / name).exists()])
-        journal.remember("reported_ms", str(now_ms()))
-    failed = [trial for trial in journal.trials() if trial.outcome == "failed"]
-    for trial in failed:
-        print(f"failed: {trial.cell} {trial.phase} {trial.number}: {(trial.reason or '').strip().splitlines()[-1]}")
+        journal.replace("reported", stands)
+    shutil.rmtree(folder / "ray", ignore_errors=True)
+    for trial in journal.trials(outcome="failed"):
+        print(f"failed: {trial.name}: {(trial.reason or '').strip().splitlines()[-1]}")
     print(f"\n{table.to_markdown()}")
+    print((folder / "tables" / "ledger.md").read_text(encoding="utf-8"))
     print(f"Test metrics of the confirm trials, mean ± sd over seeds. Tables: {folder / 'tables'}. Figures: {folder / 'figures'}.")
-    print(f"Every trial in MLflow: mlflow ui --backend-store-uri {store_uri(folder)}")
+    print(f"Every trial in MLflow: mlflow ui --backend-store-uri {study.spec.stores.mlflow or store_uri(folder)}")
     finished = {name: sum(t.outcome == "finished" for t in journal.trials(name, "confirm")) for name in study.plan.cells}
     wanted = {name: cell.confirm_seeds for name, cell in study.plan.cells.items()}
     short = [f"{name} ({finished[name]} of {wanted[name]})" for name in wanted if finished[name] < wanted[name]]
@@ -138,17 +287,6 @@ def check(spec: Spec) -> tuple[Cell, ...]:
     return cells
 
 
-def describe(spec: Spec) -> str:
-    """What the study would run, at most."""
-    cells = check(spec)
-    lines = [
-        f"{cell.name}: {cell.search_trials} search + {cell.confirm_seeds} confirm trials over {', '.join(cell.space) or '-'}"
-        for cell in cells
-    ]
-    search, confirm = sum(cell.search_trials for cell in cells), sum(cell.confirm_seeds for cell in cells)
-    at_most = (search + confirm) * spec.budget.epochs
-    pre = "no pre-training" if spec.pretrain is None else spec.pretrain.checkpoint or f"pre-training on {', '.join(spec.pretrain.sources)}"
-    lines += [
-        f"{len(cells)} cells, {search} search and {confirm} confirm trials, at most {at_most:,} epochs; rungs {spec.budget.rungs()}; {pre}."
-    ]
-    return "\n".join(lines)
+def with_stores(spec: Spec, **given: str | None) -> Spec:
+    """The spec with stores that the command line gave."""
+    return replace(spec, stores=replace(spec.stores, **{name: value for name, value in given.items() if value is not None}))

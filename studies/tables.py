@@ -2,10 +2,10 @@
 
     python studies/tables.py results/demo
 
-Writes `tables/main.*` (test metrics of every cell), `tables/transfer.*` (pre-trained against scratch) and, where the
-spec names a baseline, `tables/effects.*` (each arm minus the baseline; `effects_ndcg.*` and `effects_hit.*` hold the
-same as arm × domain) as CSV, Markdown and LaTeX; and `figures/convergence.*` and `figures/effects.*`. Only confirm trials
-are read: mean and sample standard deviation over their seeds.
+Writes `tables/main.*` (test metrics of every cell), `tables/transfer.*` (pre-trained against scratch), `tables/ledger.*`
+(what each arm was given and used) and, where the spec names a baseline, `tables/effects.*` (each arm minus the baseline;
+`effects_ndcg.*` and `effects_hit.*` hold the same as arm × domain) as CSV, Markdown and LaTeX; and `figures/convergence.*`
+and `figures/effects.*`. Only confirm trials are read: mean and sample standard deviation over their seeds.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ from typing import Literal
 if __package__ in (None, ""):  # run as a file: the repository's root, not studies/, belongs on the path
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from mmm4rec.config import from_dict, load_yaml
 from mmm4rec.errors import BadInput
 from studies.effects import Effect, Interval, study_effects
 from studies.figures import convergence, forest
+from studies.ledger import unequal
+from studies.spec import Stores
 from studies.tracked import METRICS, TrackedCell, TrackedTrial, read_ranks, read_study
 
 SHARES = (0.25, 0.5, 1.0)  # of scratch's steps to its best: where both are compared at equal steps
@@ -174,28 +177,51 @@ def effects_matrix(effects: Sequence[Effect], metric: Literal["ndcg", "hit"]) ->
     return Table((f"Δ {metric}@10", *domains), tuple(rows))
 
 
-def write_tables(folder: Path, *, baseline: str | None = None) -> Table:
+def ledger_table(cells: Sequence[TrackedCell]) -> Table:
+    """What each arm was given and used, over its domains. An arm that got other budgets than the first searched one is marked."""
+    told = [cell for cell in cells if cell.ledger]
+    names = list(dict.fromkeys(name for cell in told for name in cell.ledger))
+    rows: list[tuple[Entry, ...]] = []
+    for arm in dict.fromkeys(cell.arm for cell in told):
+        own = [cell.ledger for cell in told if cell.arm == arm]
+        sums = [sum(ledger.get(name, 0.0) for ledger in own) for name in names]
+        rows.append((arm, len(own), *(f"{value:.3f}".rstrip("0").rstrip(".") for value in sums)))
+    return Table(("arm", "domains", *(name.replace("_", " ") for name in names)), tuple(rows))
+
+
+def budget_warning(cells: Sequence[TrackedCell]) -> str:
+    """Names the domains whose searched arms were not given the same; empty where all were."""
+    told = []
+    for domain in dict.fromkeys(cell.domain for cell in cells):
+        names = unequal(cell.ledger for cell in cells if cell.domain == domain and cell.ledger)
+        told += [f"{domain} ({', '.join(name.replace('_', ' ') for name in names)})"] if names else []
+    return f"Unequal budgets, arms cannot be compared fairly: {', '.join(told)}.\n" if told else ""
+
+
+def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None = None) -> Table:
     """Write the study's tables and figures, and give the main table.
 
-    `baseline`: the arm of the effects table; None: the spec's.
+    `baseline`: the arm of the effects table; None: the spec's. `uri`: of the MLflow store; None: the one in the folder.
     Raises BadInput as `read_study` and `study_effects`, and where no cell is of the baseline.
     """
-    cells = read_study(folder)
+    cells = read_study(folder, uri)
     if baseline is not None:
         if all(cell.arm != baseline for cell in cells):
             arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
             raise BadInput(f"has no arm '{baseline}'.", file=folder, remedy=f"Give one of {arms}.")
         cells = [replace(cell, baseline=baseline) for cell in cells]
-    main, effects = main_table(cells), study_effects(cells, partial(read_ranks, folder))
+    main, effects = main_table(cells), study_effects(cells, partial(read_ranks, folder, uri=uri))
     (folder / "tables").mkdir(exist_ok=True)
     for stale in [*(folder / "tables").glob("effects*"), *(folder / "figures").glob("effects*")]:
         stale.unlink()
-    tables = {"main": main, "transfer": transfer_table(cells), "effects": effects_table(effects)}
+    tables = {"main": main, "transfer": transfer_table(cells), "effects": effects_table(effects), "ledger": ledger_table(cells)}
     tables |= {f"effects_{metric}": effects_matrix(effects, metric) for metric in ("ndcg", "hit")}
     for name, table in tables.items():
         if table.rows:
             for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
                 (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")
+    with (folder / "tables" / "ledger.md").open("a", encoding="utf-8") as file:
+        file.write(budget_warning(cells))
     convergence(cells, folder / "figures")
     forest(effects, folder / "figures")
     return main
@@ -234,6 +260,13 @@ def _latex_row(entries: Iterable[str]) -> str:
     return " & ".join(entries) + r" \\"
 
 
+def _spec_store(folder: Path) -> str | None:
+    """The store that the study's spec names; None where it has its own."""
+    file = folder / "spec.yaml"
+    stores = load_yaml(file).get("stores") if file.is_file() else None
+    return from_dict(Stores, stores or {}, source=str(file)).filled().mlflow
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
     parser = argparse.ArgumentParser(
@@ -241,10 +274,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, help="the study's folder, with its mlflow.db")
     parser.add_argument("--baseline", metavar="ARM", help="the arm that tables/effects compares the others with (default: the spec's)")
+    parser.add_argument("--store", metavar="URI", help="the MLflow store (default: the spec's stores.mlflow, or the folder's mlflow.db)")
     try:
         args = parser.parse_args(arguments)
         folder = args.folder
-        print(write_tables(folder, baseline=args.baseline).to_markdown())
+        print(write_tables(folder, baseline=args.baseline, uri=args.store or _spec_store(folder)).to_markdown())
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,26 +1,31 @@
 """Reads a study's confirm trials from its MLflow store: all that tables and figures are made from.
 
-A user's ranks are an artifact of the run, and read only where they are asked for.
+A user's ranks are an artifact of the run, and read only where they are asked for. The study may be running: what it
+has finished is there, and reading holds it up nowhere.
 """
 
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before MLflow is imported
 
 import numpy as np
 import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from mmm4rec.errors import BadInput
 from mmm4rec.tracking import mlflow_name
-from studies.mlflow_tracker import RANKS, store_uri
+from studies.mlflow_store import open_store, search, shown, store_uri
+from studies.mlflow_tracker import RANKS
+from studies.state import Journal
 
 METRICS = ("hit@10", "hit@20", "hit@50", "ndcg@10", "ndcg@20", "ndcg@50", "mrr")
 CURVE = "ndcg@10"  # of validation: the metric of convergence
@@ -52,6 +57,7 @@ class TrackedCell:
     epochs: int  # the budget
     baseline: str | None  # the arm that the study's spec compares the others with
     trials: tuple[TrackedTrial, ...]
+    ledger: dict[str, float] = field(default_factory=dict)  # what the cell was given and has used, by name
 
     @property
     def name(self) -> str:
@@ -66,51 +72,65 @@ class UserRanks:
     rank: np.ndarray  # [U] from 1; halves are ties
 
 
-def read_study(folder: Path) -> list[TrackedCell]:
-    """The study's cells in the spec's order.
+def read_study(folder: Path, uri: str | None = None) -> list[TrackedCell]:
+    """The study's cells in the spec's order, as the store at `uri` has them; None: the one in the study's folder.
 
     Raises BadInput where there is no store, where one trial has two runs, and where runs of one domain have
     different fingerprints: their numbers do not mean the same and stand in no common table.
     """
-    if not (folder / "mlflow.db").is_file():
+    if uri is None and not (folder / "mlflow.db").is_file():
         raise BadInput("holds no mlflow.db.", file=folder, remedy="Give the folder of a study, for instance results/demo.")
-    client = MlflowClient(tracking_uri=store_uri(folder))
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    cells = _runs(client, experiments, "tags.`mmm4rec.phase` = 'cell'")
-    confirmed = _runs(client, experiments, "tags.`mmm4rec.phase` = 'confirm' and tags.`mmm4rec.outcome` = 'finished'")
+    place = uri or store_uri(folder)
+    try:
+        return _read(open_store(place), folder, None if uri is None else _experiment_name(folder))
+    except (MlflowException, SQLAlchemyError) as error:
+        told = shown(error, place).strip().splitlines()[0]
+        raise BadInput(f"MLflow at {shown(place, place)} does not answer: {told}", remedy="Start it, or correct its address.") from None
+
+
+def _experiment_name(folder: Path) -> str:
+    """What the study is called in a store that it may share with others."""
+    if not (folder / "study.sqlite3").is_file():
+        return folder.resolve().name
+    journal = Journal(folder / "study.sqlite3")
+    try:
+        return journal.fact("mlflow_experiment") or folder.resolve().name
+    finally:
+        journal.close()
+
+
+def _read(client: MlflowClient, folder: Path, experiment: str | None) -> list[TrackedCell]:
+    """The cells in the experiment of that name; None: in any."""
+    names = {found.name: str(found.experiment_id) for found in client.search_experiments()}
+    experiments = list(names.values()) if experiment is None else [names[experiment]] if experiment in names else []
+    cells = search(client, experiments, "tags.`mmm4rec.phase` = 'cell'") if experiments else []
+    cells = [run for run in cells if run.data.tags.get("mmm4rec.outcome") != "superseded"]
     if not cells:
-        raise BadInput("holds no cell of a study yet.", file=folder / "mlflow.db", remedy="Run the study first.")
+        raise BadInput("has no cell of a study in MLflow yet.", file=folder, remedy="Run the study first.")
+    confirmed = search(client, experiments, "tags.`mmm4rec.phase` = 'confirm' and tags.`mmm4rec.outcome` = 'finished'")
     _check(confirmed)
     trials = defaultdict(list)
     for run in confirmed:
         trials[run.data.tags["mmm4rec.cell"]].append(_trial(client, run))
-    return [_cell(run, trials[run.data.tags["mmm4rec.cell"]]) for run in sorted(cells, key=lambda run: int(run.data.params["position"]))]
+    ordered = sorted(cells, key=lambda run: int(_facts(run)["position"]))
+    return [_cell(run, trials[run.data.tags["mmm4rec.cell"]]) for run in ordered]
 
 
-def read_ranks(folder: Path, trial: TrackedTrial) -> UserRanks | None:
+def read_ranks(folder: Path, trial: TrackedTrial, uri: str | None = None) -> UserRanks | None:
     """The test ranks that MLflow keeps with a trial's run; None where it has none (runs of earlier versions).
 
     MLflow notes where artifacts lie when a study begins; of a study that was moved since, they are found in its folder.
     """
-    client = MlflowClient(tracking_uri=store_uri(folder))
-    file = folder / "artifacts" / trial.run_id / "artifacts" / RANKS
-    if any(artifact.path == RANKS for artifact in client.list_artifacts(trial.run_id)):
-        file = Path(client.download_artifacts(trial.run_id, RANKS))
-    if not file.is_file():
-        return None
-    table = pd.read_parquet(file, columns=["split", "user", "rank"])
+    client = open_store(uri or store_uri(folder))
+    with tempfile.TemporaryDirectory() as room:
+        file = folder / "artifacts" / trial.run_id / "artifacts" / RANKS
+        if any(artifact.path == RANKS for artifact in client.list_artifacts(trial.run_id)):
+            file = Path(client.download_artifacts(trial.run_id, RANKS, dst_path=room))
+        if not file.is_file():
+            return None
+        table = pd.read_parquet(file, columns=["split", "user", "rank"])
     test = table[table["split"] == "test"]
     return UserRanks(test["user"].to_numpy(), test["rank"].to_numpy(dtype=np.float64))
-
-
-def _runs(client: MlflowClient, experiments: list[str], wanted: str) -> list[Run]:
-    runs, token = [], None
-    while True:
-        page = client.search_runs(experiments, wanted, max_results=1000, page_token=token)
-        runs += list(page)
-        token = page.token
-        if not token:
-            return runs
 
 
 def _check(runs: list[Run]) -> None:
@@ -149,15 +169,22 @@ def _trial(client: MlflowClient, run: Run) -> TrackedTrial:
     )
 
 
+def _facts(run: Run) -> dict[str, str]:
+    """What a cell's run says of its cell, by name. Earlier versions wrote parameters instead of tags."""
+    tags = {name.removeprefix("mmm4rec."): value for name, value in run.data.tags.items() if name.startswith("mmm4rec.")}
+    return {**run.data.params, **tags}
+
+
 def _cell(run: Run, trials: list[TrackedTrial]) -> TrackedCell:
-    tags, params = run.data.tags, run.data.params
+    facts = _facts(run)
     return TrackedCell(
-        domain=tags["mmm4rec.domain"],
-        arm=tags["mmm4rec.arm"],
-        init=params["init"],
-        besides_init=params["besides_init"],
-        search_trials=int(params["search_trials"]),
-        epochs=int(params["epochs"]),
-        baseline=tags.get("mmm4rec.baseline") or None,
+        domain=facts["domain"],
+        arm=facts["arm"],
+        init=facts["init"],
+        besides_init=facts["besides_init"],
+        search_trials=int(facts["search_trials"]),
+        epochs=int(facts["epochs"]),
+        baseline=facts.get("baseline") or None,
         trials=tuple(sorted(trials, key=lambda trial: trial.seed)),
+        ledger={name.removeprefix("ledger/"): value for name, value in run.data.metrics.items() if name.startswith("ledger/")},
     )

@@ -27,7 +27,7 @@ def test_a_resumed_trial_tells_every_epoch(
 ) -> None:
     """Also when the kill came after an epoch's last.ckpt and before its line in the curve."""
     told: list[int] = []
-    monkeypatch.setattr(engine.tune, "report", lambda metrics: told.append(json.loads(metrics["row"])["epoch"]))
+    monkeypatch.setattr(engine.tune, "report", lambda metrics: told.append(json.loads(metrics["message"])["row"]["epoch"]))
     training = {"epochs": 4, "batch_size": 64, "accumulation": 1}
     plain = {"data": {"domains": [str(make_domain().path)]}, "model": TINY_MODEL, "training": training, "device": "cpu"}
     config = from_dict(RunConfig, plain, source="test")
@@ -37,7 +37,7 @@ def test_a_resumed_trial_tells_every_epoch(
     reports.close()
     lines = (out / "curve.jsonl").read_text().splitlines(keepends=True)
     (out / "curve.jsonl").write_text("".join(lines[:lines_in_the_curve]))
-    trial = {"cpus": 1, "gpus": 0, "out": str(out), "run": to_dict(config)}
+    trial = {"cpus": 1, "gpus": 0, "out": str(out), "run": to_dict(config), "halvings": 0}
     engine.run_trial(trial)
     assert told == [1, 2, 3, 4]
     engine.run_trial(trial)

@@ -57,7 +57,7 @@ def row(epoch: int, value: float) -> dict:
 
 def begin(path: Path, wanted: Spec) -> Plan:
     journal, cells = Journal(path / "study.sqlite3"), cells_of(wanted)
-    journal.add_cells(cells)
+    journal.add_cells([cell.name for cell in cells])
     return Plan(journal, cells, wanted.budget, wanted.seed)
 
 
@@ -68,7 +68,7 @@ def drive(
     order, running, told = random.Random(seed), [], []
     while stop_after is None or len(told) < stop_after:
         while len(running) < concurrent and (
-            trial := plan.next_trial(lambda cell, number: {"training.learning_rate": 0.001 * (number + 1)})
+            trial := plan.next_trial(lambda cell, number, given: {"training.learning_rate": 0.001 * (number + 1)})
         ):
             running.append((trial, iter(enumerate(curves[trial.cell, trial.phase, trial.number], start=1))))
         if not running:
@@ -133,7 +133,7 @@ def test_a_tie_survives_and_a_lone_trial_does() -> None:
 
 def test_an_early_stopped_trial_counts_in_later_rungs(tmp_path: Path) -> None:
     plan = begin(tmp_path, spec(cells=[{"domains": ["a"], "arms": ["scratch"]}]))
-    first, second = (plan.next_trial(lambda cell, number: {"n": number}) for _ in range(2))
+    first, second = (plan.next_trial(lambda cell, number, given: {"n": number}) for _ in range(2))
     assert first is not None
     assert second is not None
     assert plan.report(first.trial_key, row(1, 0.9))
@@ -170,12 +170,12 @@ def test_a_study_has_its_trials_and_fresh_confirm_seeds(tmp_path: Path) -> None:
 def test_the_config_is_chosen_by_the_best_validation_value_and_ties_go_to_the_earlier_trial(tmp_path: Path) -> None:
     plan = begin(tmp_path, spec(cells=[{"domains": ["a"], "arms": ["scratch"]}], budget={**SPEC["budget"], "search_trials": 4}))
     (cell,) = plan.cells.values()
-    trials = [plan.next_trial(lambda cell, number: {"n": number}) for _ in range(4)]
+    trials = [plan.next_trial(lambda cell, number, given: {"n": number}) for _ in range(4)]
     for trial, value, outcome in zip(trials, (0.9, 0.5, 0.5, 0.4), ("failed", "finished", "finished", "finished"), strict=True):
         assert trial is not None
         plan.journal.add_report(trial.trial_key, row(2, value), value)
         plan.journal.end(trial.trial_key, outcome, result={"test": {"ndcg@10": 1.0 - value}})
-    confirm = plan.next_trial(lambda cell, number: {})
+    confirm = plan.next_trial(lambda cell, number, given: {})
     assert confirm is not None
     assert (confirm.phase, confirm.config) == ("confirm", {"n": 1})
     assert plan.journal.chosen(cell.name) == {"n": 1}
@@ -183,7 +183,7 @@ def test_the_config_is_chosen_by_the_best_validation_value_and_ties_go_to_the_ea
 
 def test_a_cell_whose_search_all_failed_ends_and_the_study_goes_on(tmp_path: Path) -> None:
     plan = begin(tmp_path, spec(cells=[{"domains": ["a"], "arms": ["scratch"]}]))
-    while trial := plan.next_trial(lambda cell, number: {"n": number}):
+    while trial := plan.next_trial(lambda cell, number, given: {"n": number}):
         plan.journal.end(trial.trial_key, "failed", reason="broken")
     assert plan.done()
     assert plan.journal.trials(phase="confirm") == []
@@ -199,7 +199,7 @@ def test_a_new_driver_takes_up_what_runs_and_repeats_nothing_that_ended(tmp_path
     plan.journal.close()
 
     again = begin(tmp_path, spec())
-    first = [again.next_trial(lambda cell, number: {}) for _ in running]
+    first = [again.next_trial(lambda cell, number, given: {}) for _ in running]
     assert [trial and trial.trial_key for trial in first] == running
     again = begin(tmp_path, spec())
     drive(again, curves, concurrent=2, seed=3)
@@ -212,14 +212,15 @@ def test_a_new_driver_takes_up_what_runs_and_repeats_nothing_that_ended(tmp_path
         )
 
 
-def test_a_changed_spec_or_cell_is_refused(tmp_path: Path) -> None:
-    plan = begin(tmp_path, spec())
-    plan.journal.pin("spec", {"seed": 1, "model": {"width": 8}})
-    plan.journal.pin("spec", {"model": {"width": 8}, "seed": 1})
-    with pytest.raises(BadInput, match=r"another spec:\n  model\.width: 8 then, 16 now\n"):
-        plan.journal.pin("spec", {"seed": 1, "model": {"width": 16}})
-    with pytest.raises(BadInput, match=r"another cell a/pretrained:\n  run\.model\.width: None then, 64 now"):
-        begin(tmp_path, spec(model={"width": 64}))
+def test_a_changed_fact_is_told_key_by_key_and_nothing_changes_before_it_is_pinned(tmp_path: Path) -> None:
+    journal = begin(tmp_path, spec()).journal
+    assert journal.change("spec", {"seed": 1}) == ""
+    journal.pin("spec", {"seed": 1, "model": {"width": 8}})
+    assert journal.change("spec", {"model": {"width": 8}, "seed": 1}) == ""
+    told = {"seed": 1, "model": {"width": 16}}
+    assert journal.change("spec", told) == journal.change("spec", told) == "  model.width: 8 then, 16 now\n"
+    journal.pin("spec", told)
+    assert journal.change("spec", told) == ""
 
 
 def test_only_one_process_works_on_a_study(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
 from studies.spec import Spec
 from studies.state import Journal
-from studies.suggestions import Suggestions
+from studies.suggestions import Suggestions, sqlite_url
 from studies.transfer_sweep import main
 
 ROOT = Path(__file__).parent.parent
@@ -186,8 +186,9 @@ def run_without_ray(folder: Path, domain: Path) -> dict[str, tuple]:
     cells, _ = build_cells(spec, {"attic": Source(str(domain), opened.fingerprint, True)})
     folder.mkdir()
     journal = Journal(folder / "study.sqlite3")
-    journal.add_cells(cells)
-    plan, suggestions = Plan(journal, cells, spec.budget, spec.seed), Suggestions(journal, folder / "optuna.sqlite3", seed_name="tiny 0")
+    journal.add_cells([cell.name for cell in cells])
+    plan = Plan(journal, cells, spec.budget, spec.seed)
+    suggestions = Suggestions(journal, sqlite_url(folder / "optuna.sqlite3"), study="tiny", seed=0)
     found: dict[str, tuple] = {}
     while trial := plan.next_trial(suggestions.suggest):
         cell, out = plan.cells[trial.cell], folder / trial.trial_key

@@ -100,7 +100,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     cells, _ = build_cells(SPEC, {"toys": Source("/toys", "print", True)})
     journal = Journal(folder / "study.sqlite3")
-    journal.add_cells(cells)
+    journal.add_cells([cell.name for cell in cells])
     journal.remember("begun_ms", "1000")
     fill(journal, {cell.name: cell for cell in cells})
     broken = journal.start(cells[0], "confirm", 2, 10_002, {})

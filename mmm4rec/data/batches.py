@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmm4rec.data.at_once import at_once
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
 
@@ -290,7 +291,7 @@ def cut(lengths: np.ndarray, device: torch.device) -> list[slice]:
     if not len(lengths):
         return []
     positions = np.cumsum(lengths)
-    parts = -(-int(positions[-1]) // POSITIONS_AT_ONCE.get(device.type, POSITIONS_AT_ONCE["cpu"]))
+    parts = -(-int(positions[-1]) // at_once(POSITIONS_AT_ONCE, device.type))
     cuts = np.searchsorted(positions, positions[-1] / parts * np.arange(1, parts))
     bounds = np.unique([0, *cuts, len(lengths)]).tolist()
     return [slice(first, last) for first, last in pairwise(bounds)]

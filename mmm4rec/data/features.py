@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmm4rec.data.at_once import at_once
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
 
@@ -153,7 +154,7 @@ class ItemFeatures:
     def blocks(self) -> list[slice]:
         """The real items 1..I, whole or block by block."""
         device = next((part.device.type for part in self.present.values()), "cpu")
-        step = self.n_items if self.one_block else BLOCK_ITEMS.get(device, BLOCK_ITEMS["cpu"])
+        step = self.n_items if self.one_block else at_once(BLOCK_ITEMS, device)
         return [slice(first, min(first + step, self.n_items + 1)) for first in range(1, self.n_items + 1, step)]
 
     def numbers(self, ids: Tensor | slice | None, device: torch.device | None = None) -> Tensor:

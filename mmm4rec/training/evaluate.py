@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmm4rec.data.at_once import at_once
 from mmm4rec.data.batches import Batch, DomainData, cut
 from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
 from mmm4rec.training import distributed
@@ -72,13 +73,13 @@ class Ranking:
 
         The same scores to the last digit in every call. Raises FloatingPointError when one is not finite.
         """
-        at_once = RANKED_AT_ONCE.get(self.device.type, RANKED_AT_ONCE["cpu"])
+        ranked_at_once = at_once(RANKED_AT_ONCE, self.device.type)
         for block in self.blocks:
             if self.catalogue is None:
                 items = self.model.items(self.data.features, block)
             else:
                 items = Catalogue({}, self.catalogue.candidates[block])
-            for rows in row_blocks(len(encoded), len(items.candidates), at_once):
+            for rows in row_blocks(len(encoded), len(items.candidates), ranked_at_once):
                 scores = self.model.scores(encoded[rows], items)
                 if not torch.isfinite(scores.sum()):
                     name = self.data.domain.name

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmm4rec.data.at_once import at_once
+
 SCORES_AT_ONCE = {"cpu": 2**23, "cuda": 2**28}  # elements: 32 MiB, 1 GiB in float32
 
 
@@ -125,7 +127,7 @@ def _scores(users: Tensor, candidates: Tensor, temperature: float, workspace: Te
 
 
 def _at_once(device: torch.device) -> int:
-    return SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"])
+    return at_once(SCORES_AT_ONCE, device.type)
 
 
 def row_blocks(rows: int, columns: int, at_once: int) -> Iterator[slice]:

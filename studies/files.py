@@ -1,0 +1,46 @@
+"""What stays of trials' files: the best weights and the last checkpoint while a trial runs, the best when it has ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from studies.state import Journal, Trial
+
+GB = 1e9
+
+
+def tidy(trials: Path, journal: Journal, ended: Trial, *, disk_gb: float | None) -> None:
+    """Delete what an ended trial needs no longer; above the budget, weights of ended search trials too, the worst first.
+
+    The curve, the result and the ranks of a trial are kept, and so are the weights of each cell's best search trial and of
+    every confirm trial.
+    """
+    if ended.outcome in ("finished", "pruned"):
+        (trials / ended.trial_key / "last.ckpt").unlink(missing_ok=True)
+    if disk_gb is None:
+        return
+    excess = used_bytes(trials) - disk_gb * GB
+    for file in _expendable(trials, journal):
+        if excess <= 0:
+            return
+        excess -= file.stat().st_size
+        file.unlink()
+
+
+def used_bytes(trials: Path) -> int:
+    """What all files of all trials take."""
+    return sum(file.stat().st_size for file in trials.glob("*/*") if file.is_file())
+
+
+def _expendable(trials: Path, journal: Journal) -> list[Path]:
+    """Weights of ended search trials that are not the best of their cell, by how far they are from it."""
+    found: list[tuple[float, Path]] = []
+    for cell in journal.cell_names():
+        values = {key: value for key, value in journal.best_values(cell).items() if value is not None}
+        best = max(values.values(), default=0.0)
+        for trial in journal.trials(cell, "search"):
+            file = trials / trial.trial_key / "best.safetensors"
+            value = values.get(trial.trial_key, float("-inf"))
+            if trial.outcome != "running" and value < best and file.is_file():
+                found.append((value - best, file))
+    return [file for _, file in sorted(found)]
