@@ -4,6 +4,7 @@ CPU: a training step against a plain padded implementation of the same maths (te
 max_len, keeps every array, and is nowhere slowed down on purpose) and against the matrix products that the step cannot do
 without; evaluation; the loader; memory. Then large catalogues from memory-mapped features, and long histories. On a machine
 with a CUDA GPU, epochs of the published sizes as well. Ratios are taken within one process, in turns; figures are medians.
+With --engine, in place of all these: what a study costs beside its trials (benchmark_engine.py).
 """
 
 from __future__ import annotations
@@ -59,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
+    if options.engine:
+        from studies import benchmark_engine  # alone in its need of Ray, Optuna and MLflow
+
+        if options.trials < benchmark_engine.FEWEST_TRIALS:
+            told.error(f"trials is at least {benchmark_engine.FEWEST_TRIALS}")
+        print(benchmark_engine.measure(out, options.trials, machine("engine")))
+        return 0
     file = out / "benchmark.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     measures = {"step": measure_step, "large": measure_large, "long": measure_long, "gpu": measure_gpu}
@@ -87,6 +95,8 @@ def parser() -> argparse.ArgumentParser:
     add("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure; the rest stays as it is in the file (default: all)")
     add("--repeats", type=int, default=5, metavar="N", help="timed rounds, after one that is not timed (default: 5)")
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads (default: the machine's)")
+    add("--engine", action="store_true", help="measure the study engine instead: DIR/benchmark_engine.json and .md")
+    add("--trials", type=int, default=1000, metavar="N", help="trials that sleep a second, with --engine (default: 1,000)")
     add("--only-step", action="store_true", help=argparse.SUPPRESS)
     return result
 

@@ -9,7 +9,7 @@ import errno
 import json
 import sqlite3
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.at_once import smaller_blocks
 from mmm4rec.execute import execute
 from mmm4rec.run import Assembled, RunConfig
+from studies.mlflow_store import KEPT
 from studies.plan import Plan
 from studies.spec import Resources
 from studies.state import FailureKind, Trial, locked
@@ -53,6 +54,7 @@ class Conductor:
     listener: Listener
     resources: Resources
     take_up: Callable[[], None] = lambda: None  # brings what joined the study into the plan
+    bring: Callable[[str, Iterable[str]], None] = lambda trial_key, names: None  # gets files of a trial from where it ran
     tidy: Callable[[Trial], None] = lambda trial: None  # what is left of a trial's files when it has ended
     stopping: str | None = None  # why no new trial begins, and running ones end with their epoch
 
@@ -112,6 +114,8 @@ class Conductor:
         trial = journal.trial(trial_key)
         if trial.phase == "search":
             self.suggestions.tell(self.plan.cells[trial.cell], trial)
+        if (trial.phase, trial.outcome) == ("confirm", "finished"):
+            self.bring(trial_key, KEPT)
         self.tracker.trial(trial_key)
         self.listener.ended(trial)
         self.tidy(trial)
@@ -180,9 +184,12 @@ def failure_kind(error: BaseException) -> FailureKind:
 def read_curve(out: Path) -> list[dict[str, Any]]:
     """The lines of a run's curve; a line that a kill cut short is left out."""
     file = out / "curve.jsonl"
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    return whole_lines(file.read_bytes() if file.exists() else None)
+
+
+def whole_lines(content: bytes | None) -> list[dict[str, Any]]:
+    """The objects of JSON lines; None is no lines."""
+    return [json.loads(line) for line in (content or b"").decode().splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _result(out: Path) -> dict[str, Any]:

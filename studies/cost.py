@@ -24,8 +24,8 @@ from studies.space import Parameter, Value, walk
 from studies.spec import Budget, Spec
 
 PARAMETER_BYTES = 4  # float32
-BEST = 1  # best.safetensors holds the parameters once,
-LAST = 4  # last.ckpt four times: weights, NAdam's two moments, the best weights
+BEST = 1  # best.safetensors, which stays, holds the parameters once;
+LAST = 4  # last.ckpt, which goes when the trial has ended, four times: weights, NAdam's two moments, the best weights
 RANKED_USERS = 2_048  # of the validation users, whose ranking is timed
 
 
@@ -56,9 +56,9 @@ class CellCost:
 
     @property
     def disk_bytes(self) -> int | None:
-        """When all its trials have ended: each leaves its best.safetensors and last.ckpt."""
+        """When all its trials have ended: each leaves its best.safetensors."""
         trials = self.search_trials + self.confirm_trials
-        return None if self.weight is None else trials * (BEST + LAST) * PARAMETER_BYTES * self.weight.parameters
+        return None if self.weight is None else trials * BEST * PARAMETER_BYTES * self.weight.parameters
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Cost:
 
     @property
     def disk_bytes(self) -> int | None:
-        """At most, with a new last.ckpt beside the old one in every running trial; None where a cell's weight is not known."""
+        """At most, with a last.ckpt and its successor in every running trial; None where a cell's weight is not known."""
         known = [(cell.disk_bytes, cell.weight.parameters) for cell in self.cells if cell.weight and cell.disk_bytes is not None]
         if len(known) < len(self.cells):
             return None
-        written = self.concurrent * LAST * PARAMETER_BYTES * max(parameters for _, parameters in known)
+        written = self.concurrent * 2 * LAST * PARAMETER_BYTES * max(parameters for _, parameters in known)
         total = sum(size for size, _ in known) + written
         return total if self.disk_limit_bytes is None else min(total, self.disk_limit_bytes + written)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,15 +61,13 @@ def examine(spec: Spec, out: Path, *, data: Path | None = None, storage: str | N
 
 def fill_stores(stores: Stores) -> tuple[Stores, list[Finding]]:
     """The stores with the environment's values in the place of ${NAME}; one whose variable is missing is left out."""
-    filled, findings = {}, []
+    filled, findings = Stores(), []
     for name, text in asdict(stores).items():
-        missing = [variable for variable in re.findall(r"\$\{(\w+)\}", text or "") if variable not in os.environ]
-        filled[name] = None if text is None or missing else re.sub(r"\$\{(\w+)\}", lambda found: os.environ[found[1]], text)
-        findings += [
-            Finding(f"stores.{name}", "error", f"needs the environment variable {variable}, which is not set", f"export {variable}=...")
-            for variable in missing
-        ]
-    return Stores(**filled), findings
+        try:
+            filled = replace(filled, **{name: getattr(replace(Stores(), **{name: text}).filled(), name)})
+        except BadInput as error:
+            findings.append(Finding(f"stores.{name}", "error", error.rule, error.remedy))
+    return filled, findings
 
 
 def check_folder(folder: Path) -> list[Finding]:
@@ -90,8 +87,9 @@ def check_folder(folder: Path) -> list[Finding]:
 def check_journal(spec: Spec, folder: Path) -> list[Finding]:
     """Where an existing study stands, and whether it is this one."""
     from mmm4rec.config import to_dict
+    from mmm4rec.execute import code_version
     from studies.state import Journal
-    from studies.study import UNPINNED
+    from studies.study import CODE, UNPINNED
 
     file = folder / "study.sqlite3"
     if not file.is_file():
@@ -101,7 +99,8 @@ def check_journal(spec: Spec, folder: Path) -> list[Finding]:
     except BadInput as error:
         return [Finding("journal", "error", str(error), "Give the study another name, or move its folder away.")]
     try:
-        changed = journal.change("spec", {key: value for key, value in to_dict(spec).items() if key not in UNPINNED})
+        facts = {"spec": {key: value for key, value in to_dict(spec).items() if key not in UNPINNED}, CODE: {"version": code_version()}}
+        changes = {key: lines for key, told in facts.items() if (lines := journal.change(key, told))}
         by_outcome: dict[str, int] = {}
         for (_, _, outcome), count in journal.counts().items():
             by_outcome[outcome] = by_outcome.get(outcome, 0) + count
@@ -109,9 +108,10 @@ def check_journal(spec: Spec, folder: Path) -> list[Finding]:
         journal.close()
     said = ", ".join(f"{count} {outcome}" for outcome, count in sorted(by_outcome.items())) or "none yet"
     findings = [Finding("journal", "ok", f"the study was begun; trials: {said}")]
-    if changed:
-        remedy = "Undo the change, or give the changed study another name."
-        findings.append(Finding("spec", "warning", f"is not the one that the study was begun with:\n{changed}", remedy))
+    remedy = "Undo the change; or go on with --yes, and what rests on it begins anew; or give the changed study another name."
+    findings += [
+        Finding(key, "warning", f"is not what the study was begun with:\n{lines.rstrip()}", remedy) for key, lines in changes.items()
+    ]
     return findings
 
 
@@ -177,7 +177,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def check_domains(spec: Spec, folder: Path, data: Path | None) -> tuple[dict[str, Source], list[Finding]]:
     """The domains that are prepared already, and what is amiss with the others."""
     from mmm4rec.data.domain import open_domain
-    from studies.domains import _source
+    from studies.domains import source_of
 
     sources, findings = {}, []
     for name in _unprepared(spec):
@@ -186,7 +186,7 @@ def check_domains(spec: Spec, folder: Path, data: Path | None) -> tuple[dict[str
         place = next((place for place in places if (place / "domain.json").is_file()), None)
         if place is not None:
             try:
-                sources[name] = _source(open_domain(place))
+                sources[name] = source_of(open_domain(place))
             except BadInput as error:
                 findings.append(Finding("domain", "error", error.args[0], "Prepare or encode it again."))
         elif raw is not None and (data is None or not (data / raw).is_dir()):

@@ -60,10 +60,10 @@ def _encode(encoder: TextEncoder, places: Mapping[str, Path], folder: Path) -> N
 
 
 def _sources(places: Mapping[str, Path]) -> dict[str, Source]:
-    return {name: _source(open_domain(place)) for name, place in places.items()}
+    return {name: source_of(open_domain(place)) for name, place in places.items()}
 
 
-def _source(domain: Domain) -> Source:
+def source_of(domain: Domain) -> Source:
     tables = {modality: open_features(domain, modality) for modality in MODALITIES}
     digests: dict[str, str] = {modality: table.digest for modality, table in tables.items() if table is not None}
     return Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None, digests)

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import platform
-import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +33,10 @@ from mmm4rec.errors import BadInput
 from mmm4rec.run import RunConfig
 from studies.cells import Cell, nested
 from studies.conductor import Conductor, run_trial_files
+from studies.places import Places, domain_here, scratch, weights_here
 from studies.spec import Resources
-from studies.state import FailureKind, Trial, locked
+from studies.state import FailureKind, Trial
+from studies.storage import Storage, trial_folder
 
 log = logging.getLogger(__name__)
 
@@ -52,18 +54,25 @@ ENVIRONMENT = {
 }
 
 
+REACH_SECONDS = 10.0
+
+
 def start_ray(resources: Resources, *, workers: int = 1) -> None:
     """Join the cluster that this machine belongs to or RAY_ADDRESS names, or start Ray on this machine alone.
 
-    Raises BadInput where a trial, or the pre-training's `workers` together, ask for more than there is.
+    Raises BadInput where a trial, or the pre-training's `workers` together, ask for more than this machine alone has, and
+    where RAY_ADDRESS leads nowhere.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if len(tempfile.gettempdir()) > 40:  # Ray's socket paths must stay below 107 bytes
         os.environ.setdefault("RAY_TMPDIR", "/tmp")
+    _reach_ray()
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     for name in ("ray", "ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if len(ray.nodes()) > 1 or os.environ.get("RAY_ADDRESS", "local") != "local":
+        return  # a cluster may grow: trials wait for what is not there yet
     there = ray.cluster_resources()
     for kind, wanted in (("CPU", resources.cpus), ("GPU", resources.gpus)):
         if there.get(kind, 0) < wanted:
@@ -74,7 +83,20 @@ def start_ray(resources: Resources, *, workers: int = 1) -> None:
             raise BadInput(rule, remedy="Lower pretrain.workers in the spec.")
 
 
-def run_config(cell: Cell, trial: Trial, pretrained: Path | None) -> RunConfig:
+def _reach_ray() -> None:
+    """Raise BadInput where RAY_ADDRESS names a place that nothing listens on: Ray itself would wait for minutes."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if not host or "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        rule = f"RAY_ADDRESS is {address}, and nothing answers there ({error})."
+        raise BadInput(rule, remedy="Start the cluster, correct RAY_ADDRESS, or unset it for this machine alone.") from error
+
+
+def run_config(cell: Cell, trial: Trial, pretrained: str | Path | None) -> RunConfig:
     """What a trial runs: the cell's run with the trial's config and seed."""
     told = {
         "data": {"domains": [cell.source.path], "shuffle_features": trial.seed if cell.shuffle_features else None},
@@ -93,13 +115,16 @@ def run_trial(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["cpus"])
     if 0 < config["gpus"] < 1:  # trials that share a GPU keep to their part of its memory
         torch.cuda.set_per_process_memory_fraction(config["gpus"])
-    out = Path(config["out"])
-    out.mkdir(parents=True, exist_ok=True)
-    with locked(out / ".lock", wait=True), logged(out / "log.txt"):
-        run_trial_files(config, out, _tell)
+    run = config["run"]
+    with trial_folder(config["out"], scratch(config["out"])) as folder, logged(folder.path / "log.txt"):
+        here = {
+            "data": {"domains": [domain_here(place, fingerprint) for place, fingerprint in config["domains"]]},
+            "init": None if run["init"] is None else weights_here(run["init"]),
+        }
+        run_trial_files(config | {"run": merge(run, here)}, folder.path, tell, keep=folder.keep)
 
 
-def _tell(message: dict[str, Any]) -> None:
+def tell(message: dict[str, Any]) -> None:
     """Ray's loggers want flat metrics; the conductor wants the message as it is."""
     tune.report({"epoch": message.get("row", {}).get("epoch", -1), "message": json.dumps(message)})
 
@@ -163,9 +188,8 @@ class StudyScheduler(FIFOScheduler):
         if trial.trial_id in self._failed:
             self._failed.remove(trial.trial_id)
             return
-        file = Path(trial.config["out"]) / "result.json"
-        told = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-        self._conductor.ended(trial.config["trial_key"], told)
+        told = Storage(trial.config["out"]).read("result.json")
+        self._conductor.ended(trial.config["trial_key"], None if told is None else json.loads(told))
 
     def on_trial_error(self, controller: Any, trial: TuneTrial) -> None:
         reason = _read_error(trial)
@@ -176,20 +200,26 @@ class StudyScheduler(FIFOScheduler):
         return {}
 
 
-def run_cells(conductor: Conductor, *, folder: Path, pretrained: Path | None) -> None:
-    """Run what the plan still wants, until it is done or the conductor stops."""
-    plan, resources = conductor.plan, conductor.resources
+def run_cells(
+    conductor: Conductor, *, places: Places, pretrained: Path | None, trainable: Callable[[dict[str, Any]], None] = run_trial
+) -> None:
+    """Run what the plan still wants, until it is done or the conductor stops. Args: trainable: runs a trial; a benchmark has its own."""
+    plan, resources, weights = conductor.plan, conductor.resources, places.publish_weights(pretrained)
+    published: dict[str, str] = {}  # where nodes get a domain, by its path here
 
     def launch(trial: Trial) -> dict[str, Any]:
-        run = to_dict(run_config(plan.cells[trial.cell], trial, pretrained))
-        out = (folder / "trials" / trial.trial_key).resolve()
+        cell = plan.cells[trial.cell]
+        if cell.source.path not in published:
+            published.update(places.publish({cell.domain: cell.source}))
+        run = to_dict(run_config(cell, trial, weights))
         asked = {"cpus": resources.cpus, "gpus": resources.gpus, "halvings": conductor.halvings(trial)}
-        return {"trial_key": trial.trial_key, "out": str(out), "run": run, **asked}
+        domains = [(published[cell.source.path], cell.source.fingerprint)]
+        return {"trial_key": trial.trial_key, "out": places.trial(trial.trial_key).uri, "run": run, "domains": domains, **asked}
 
-    storage = (folder / "ray").resolve()
-    shutil.rmtree(storage / "tune", ignore_errors=True)
+    rays_own = places.root.sub("ray")
+    rays_own.sub("tune").delete()
     tune.Tuner(
-        tune.with_resources(run_trial, {"cpu": resources.cpus, "gpu": resources.gpus}),
+        tune.with_resources(trainable, {"cpu": resources.cpus, "gpu": resources.gpus}),
         tune_config=tune.TuneConfig(
             search_alg=StudySearcher(conductor, launch),
             scheduler=StudyScheduler(conductor),
@@ -199,7 +229,7 @@ def run_cells(conductor: Conductor, *, folder: Path, pretrained: Path | None) ->
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_folder,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=str(storage), verbose=0),
+        run_config=tune.RunConfig(name="tune", storage_path=rays_own.uri, verbose=0),
     ).fit()
 
 

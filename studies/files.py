@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from studies.places import Places
 from studies.state import Journal, Trial
 
 GB = 1e9
 
 
-def tidy(trials: Path, journal: Journal, ended: Trial, *, disk_gb: float | None) -> None:
+def tidy(places: Places, journal: Journal, ended: Trial, *, disk_gb: float | None) -> None:
     """Delete what an ended trial needs no longer; above the budget, weights of ended search trials too, the worst first.
 
     The curve, the result and the ranks of a trial are kept, and so are the weights of each cell's best search trial and of
-    every confirm trial.
+    every confirm trial. The budget counts where trials lie in a folder; an object store has its own limits.
     """
     if ended.outcome in ("finished", "pruned"):
-        (trials / ended.trial_key / "last.ckpt").unlink(missing_ok=True)
-    if disk_gb is None:
+        places.trial(ended.trial_key).delete(["last.ckpt"])
+    trials = places.trials
+    if disk_gb is None or trials is None:
         return
     excess = used_bytes(trials) - disk_gb * GB
     for file in _expendable(trials, journal):

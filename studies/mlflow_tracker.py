@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow calls home otherwise; whoever wants that sets "false"
 
@@ -24,7 +25,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from mmm4rec.tracking import mlflow_name
 from studies.cells import Cell, flat
-from studies.mlflow_store import fold_wal, is_away, is_database, open_store, search, shown, store_uri
+from studies.mlflow_store import KEPT, fold_wal, is_away, is_database, open_store, search, shown, store_uri
 from studies.outbox import Outbox
 from studies.spec import Spec
 from studies.state import Journal, Report, Trial, now_ms
@@ -33,13 +34,9 @@ STATUS = {"finished": "FINISHED", "pruned": "KILLED", "superseded": "KILLED", "f
 METRICS_PER_CALL = 900  # MLflow takes 1,000
 PARAMS_PER_CALL = 90  # MLflow takes 100
 PARAM_LENGTH, TAG_LENGTH = 6000, 5000  # what MLflow keeps of a text
-RANKS = "ranks.parquet"  # a confirm trial's ranks by user: among its files, and as an artifact of its run
-KEPT = (RANKS, "best.safetensors")  # of a confirm trial: artifacts of its run
 PATIENCE_SECONDS = 600.0  # how long `flush` waits for a store that takes nothing
-NOTE = (
-    "A transfer study: study → cell (domain × arm) → trial as nested runs. Compare arms by their **confirm** trials:"
-    " filter `tags.mmm4rec.phase = 'confirm'`, tick one run an arm, Compare, and look at `valid/ndcg_at_10` over steps"
-    " (optimizer steps). `test/*` is measured at the best epoch; search trials have none."
+COMPARE = (  # a page of MLflow's own
+    "#/experiments/{}/runs?workflowType=machine_learning&searchFilter={}&orderByKey={}&orderByAsc=false&compareRunsMode=CHART"
 )
 
 log = logging.getLogger(__name__)
@@ -211,7 +208,7 @@ class MlflowTracker:
         self._write(run, metrics=[Metric(name, value, at_ms, 0) for name, value in told.items() if stands.get(name) != value])
 
     def _study_run(self) -> str:
-        return self._run("study", self._spec.study, name=self._spec.study, start_ms=self._begun_ms(), tags={"mlflow.note.content": NOTE})
+        return self._run("study", self._spec.study, name=self._spec.study, start_ms=self._begun_ms(), tags={})
 
     def _begun_ms(self) -> int:
         return int(self._journal.fact("begun_ms") or now_ms())
@@ -237,6 +234,7 @@ class MlflowTracker:
             told = {f"mmm4rec.chosen.{key}": str(value) for key, value in (chosen or {}).items()}
             self._write(run, tags=told | {"mmm4rec.outcome": "finished"})
             self._client.set_terminated(run, "FINISHED")
+        self._client.set_experiment_tag(self._experiment, "mlflow.note.content", self._note(self._experiment))
         study = self._study_run()
         for path in artifacts:
             if path.is_dir():
@@ -304,9 +302,24 @@ class MlflowTracker:
         self._journal.replace("mlflow_experiment", name)
         if found is not None:
             return str(found.experiment_id)
-        tags = {"mmm4rec.study_id": study_id, "mlflow.note.content": NOTE, "mlflow.experimentKind": "custom_model_development"}
+        tags = {"mmm4rec.study_id": study_id, "mlflow.experimentKind": "custom_model_development"}  # opens at its runs
         place = (self._folder / "artifacts").resolve().as_uri() if is_database(self._uri) else None  # a server has its own place
-        return str(self._client.create_experiment(name, artifact_location=place, tags=tags))
+        experiment = str(self._client.create_experiment(name, artifact_location=place, tags=tags))
+        self._client.set_experiment_tag(experiment, "mlflow.note.content", self._note(experiment))
+        return experiment
+
+    def _note(self, experiment: str) -> str:
+        """Tells a newcomer, at the head of MLflow's page, where to look."""
+        domains = dict.fromkeys(cell.domain for cell in self._cells.values())
+        order = quote("metrics.`test/ndcg_at_10`")
+        filters = {name: quote(f"tags.mmm4rec.phase = 'confirm' and tags.mmm4rec.domain = '{name}'") for name in domains}
+        links = " · ".join(f"[{name}]({COMPARE.format(experiment, wanted, order)})" for name, wanted in filters.items())
+        return (
+            f"**Compare the arms** by their confirm trials, best first: {links}\n\n"
+            "There, *Group by* `arm` draws means over seeds, and the chart `valid/ndcg_at_10` has the curves; a step is an optimizer step."
+            " `test/*` and `best_valid/*` are of the best epoch, at its step. Sorted by *Created*, runs nest: study, cell, trial,"
+            " and charts leave out trials whose cell is folded."
+        )
 
     def _write(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import threading
 from contextlib import closing
@@ -27,11 +28,14 @@ from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.run import RunConfig
 from studies.cells import Source
-from studies.conductor import read_curve
+from studies.conductor import read_curve, whole_lines
 from studies.mlflow_tracker import MlflowTracker
+from studies.places import Places, domain_here, scratch
 from studies.spec import Spec, add_arguments, load_spec
+from studies.storage import Storage
 
 WATCH_SECONDS = 2.0
+FILES = ("last.ckpt", "best.safetensors", "curve.jsonl", "result.json")  # in the order in which they are put back
 
 
 def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
@@ -51,8 +55,8 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
     return from_dict(RunConfig, told, source=f"study {spec.study}, pretrain")
 
 
-def pretrain(spec: Spec, sources: dict[str, Source], folder: Path, tracker: MlflowTracker) -> Path | None:
-    """The checkpoint that the pretrained arms start from, made now unless `folder` holds it; None without pre-training.
+def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: MlflowTracker) -> Path | None:
+    """The checkpoint that the pretrained arms start from, made now unless the study holds it; None without pre-training.
 
     Needs Ray started. Raises BadInput where the spec's checkpoint is missing.
     """
@@ -63,26 +67,32 @@ def pretrain(spec: Spec, sources: dict[str, Source], folder: Path, tracker: Mlfl
         if not checkpoint.is_file():
             raise BadInput("is no file.", file=checkpoint, remedy="Give the path of a best.safetensors in pretrain.checkpoint.")
         return checkpoint.resolve()
-    out = (folder / "pretrain").resolve()
+    out = (places.folder / "pretrain").resolve()
     if not (out / "result.json").exists():
-        config, over = pretrain_config(spec, sources), threading.Event()
-        watcher = threading.Thread(target=_watch, args=(out, tracker, over), daemon=True)
+        over, place = threading.Event(), places.root.sub("pretrain")
+        watcher = threading.Thread(target=_watch, args=(place, tracker, over), daemon=True)
         watcher.start()
         try:
-            _train(spec, config, out, folder)
+            _train(spec, sources, places, place)
         finally:
             over.set()
             watcher.join()
+        if places.storage is not None:
+            place.pull(out, FILES)
     tracker.pretraining(read_curve(out), json.loads((out / "result.json").read_text(encoding="utf-8")))
     return out / "best.safetensors"
 
 
-def _train(spec: Spec, config: RunConfig, out: Path, folder: Path) -> None:
+def _train(spec: Spec, sources: dict[str, Source], places: Places, place: Storage) -> None:
     assert spec.pretrain is not None
+    config = pretrain_config(spec, sources)
+    used = {name: sources[name] for name in spec.pretrain.sources}
+    published = places.publish(used)
+    domains = [(published[source.path], source.fingerprint) for source in used.values()]
     resources, on_gpu = spec.resources, spec.resources.gpus > 0
     TorchTrainer(
         train_worker,
-        train_loop_config={"run": to_dict(config), "out": str(out), "cpus": resources.cpus},
+        train_loop_config={"run": to_dict(config), "out": place.uri, "domains": domains, "cpus": resources.cpus},
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=spec.pretrain.workers,
@@ -91,26 +101,42 @@ def _train(spec: Spec, config: RunConfig, out: Path, folder: Path) -> None:
         ),
         run_config=ray.train.RunConfig(
             name="pretrain",
-            storage_path=str((folder / "ray").resolve()),
+            storage_path=places.root.sub("ray").uri,
             failure_config=ray.train.FailureConfig(max_failures=spec.pretrain.max_failures),
         ),
     ).fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One worker: every rank goes through the same epochs, rank 0 writes the files."""
+    """One worker: every rank goes through the same epochs, rank 0 writes the files.
+
+    Where they lie in an object store, each rank begins from a copy, and rank 0 puts its own back after each epoch.
+    """
     torch.set_num_threads(config["cpus"])
-    run = from_dict(RunConfig, config["run"], source="pre-training")
-    with closing(execute(run, Path(config["out"]), resume=True)) as reports:
+    place, rank = Storage(config["out"]), ray.train.get_context().get_world_rank()
+    out = place.path or scratch(place.uri) / f"rank_{rank}"
+    here = {"data": {"domains": [domain_here(domain, fingerprint) for domain, fingerprint in config["domains"]]}}
+    run = from_dict(RunConfig, merge(config["run"], here), source="pre-training")
+
+    def keep() -> None:
+        if place.path is None and rank == 0:
+            place.push(out, [name for name in FILES if (out / name).is_file()])
+
+    if place.path is None:
+        shutil.rmtree(out, ignore_errors=True)
+        place.pull(out, FILES)
+    with closing(execute(run, out, resume=True)) as reports:
         for report in reports:
+            keep()
             ray.train.report({"epoch": report.epoch, **report.valid})
+    keep()
 
 
-def _watch(out: Path, tracker: MlflowTracker, over: threading.Event) -> None:
+def _watch(place: Storage, tracker: MlflowTracker, over: threading.Event) -> None:
     """Print pre-training's epochs, and pass them on, as they appear in its curve."""
     told = 0
     while not over.wait(WATCH_SECONDS):
-        curve = read_curve(out)
+        curve = whole_lines(place.read("curve.jsonl"))
         for row in curve[told:]:
             valid = ", ".join(f"valid {name} {row['valid'][name]:.4f}" for name in ("ndcg@10",) if name in row["valid"])
             loss = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}, "

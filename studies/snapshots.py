@@ -125,7 +125,8 @@ class Snapshots:
         states = []
         for file in (self._folder / name, self._folder / f"{name}-wal"):
             with suppress(FileNotFoundError):
-                states.append(file.stat())
+                if (state := file.stat()).st_size:  # an empty WAL may come and go with a reader
+                    states.append(state)
         newest = max((state.st_mtime for state in states), default=0.0)
         return [(state.st_ino, state.st_mtime_ns, state.st_size) for state in states], time.time() - newest > TICK_SECONDS
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
 import sqlite3
@@ -28,11 +29,15 @@ from studies.files import tidy
 from studies.ledger import cell_ledger
 from studies.mlflow_store import store_uri
 from studies.mlflow_tracker import MlflowTracker
+from studies.places import Places
 from studies.plan import Plan
 from studies.pretrain import pretrain, pretrain_config
 from studies.progress import Progress
+from studies.snapshots import JOURNAL, Lease, Snapshots, restore
+from studies.space import walk
 from studies.spec import Spec, extended
 from studies.state import Journal, Trial, locked, now_ms
+from studies.storage import Storage, refuse_network_disk
 from studies.suggestions import Suggestions, sqlite_url
 from studies.tables import write_tables
 
@@ -60,11 +65,12 @@ class Study:
     data: Path | None
     accept: Accept
     optuna_url: str
+    places: Places
     began: Spec = field(repr=False)  # without
 
     def pretrain(self) -> Path | None:
         """The checkpoint of the pretrained arms. When it is another one than before, and that is accepted, their cells begin anew."""
-        checkpoint = pretrain(self.spec, self.sources, self.folder, self.tracker)
+        checkpoint = pretrain(self.spec, self.sources, self.places, self.tracker)
         if checkpoint is not None:
             facts = {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]}
             settle(self.plan.journal, {CHECKPOINT: facts}, self.plan.cells, self.accept)
@@ -80,7 +86,8 @@ class Study:
             Progress(self.plan),
             spec.resources,
             take_up=self.take_up,
-            tidy=lambda trial: tidy(self.folder / "trials", journal, trial, disk_gb=spec.resources.disk_gb),
+            tidy=lambda trial: tidy(self.places, journal, trial, disk_gb=spec.resources.disk_gb),
+            bring=self.places.bring,
         )
 
     def take_up(self) -> None:
@@ -107,11 +114,13 @@ def open_study(
     """
     check(spec)
     folder, stores = out / spec.study, spec.stores.filled()
-    if resume and not (folder / "study.sqlite3").is_file():
+    places = Places(folder, None if stores.storage is None else Storage(stores.storage).sub(spec.study))
+    if resume and places.storage is None and not (folder / JOURNAL).is_file():
         raise BadInput("holds no study to resume.", file=folder, remedy="Correct --out or the spec, or leave --resume out to begin.")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", wait=False):
-        journal = Journal(folder / "study.sqlite3")
+    refuse_network_disk(folder)
+    with locked(folder / ".lock", wait=False), _kept(places, resume=resume):
+        journal = Journal(folder / JOURNAL)
         try:
             journal.remember("begun_ms", str(now_ms()))
             whole = extended(spec, additions(journal))
@@ -126,11 +135,31 @@ def open_study(
             plan = Plan(journal, cells, spec.budget, spec.seed, warm=spec.warm_start_from, gpus=spec.resources.gpus)
             optuna_url = stores.optuna or sqlite_url(folder / "optuna.sqlite3")
             try:
-                yield Study(whole, folder, sources, plan, tracker, data, accept, optuna_url, spec)
+                yield Study(whole, folder, sources, plan, tracker, data, accept, optuna_url, places, spec)
             finally:
                 tracker.close()
         finally:
             journal.close()
+
+
+@contextmanager
+def _kept(places: Places, *, resume: bool) -> Iterator[None]:
+    """Inside, this driver alone has the study on the shared storage; its stores come from there, and are kept there."""
+    if places.storage is None:
+        yield
+        return
+    places.storage.check_writable()
+    with Lease(places.storage, on_lost=lambda: os.kill(os.getpid(), signal.SIGTERM)) as lease:
+        restore(places.folder, places.storage)
+        if resume and not (places.folder / JOURNAL).is_file():
+            rule = "holds no study to resume, and neither does the storage."
+            raise BadInput(rule, file=places.folder, remedy="Correct --out, --storage or the spec, or leave --resume out to begin.")
+        snapshots = Snapshots(places.folder, places.storage, may_push=lease.held)
+        snapshots.start()
+        try:
+            yield
+        finally:
+            snapshots.close()
 
 
 def additions(journal: Journal) -> list[dict[str, Any]]:
@@ -219,10 +248,11 @@ def _work(study: Study) -> str | None:
     pre = study.spec.pretrain
     start_ray(study.spec.resources, workers=pre.workers if pre and pre.sources else 1)
     try:
+        _check_reach(study.places)
         checkpoint = study.pretrain()
         conductor = study.conductor()
         with _stopping_gently(conductor):
-            run_cells(conductor, folder=study.folder, pretrained=checkpoint)
+            run_cells(conductor, places=study.places, pretrained=checkpoint)
         return conductor.stopping
     except (OSError, sqlite3.Error) as error:
         if failure_kind(error) != "disk_full":
@@ -230,6 +260,14 @@ def _work(study: Study) -> str | None:
         return f"the disk is full ({error}); free some space"
     finally:
         ray.shutdown()
+
+
+def _check_reach(places: Places) -> None:
+    """Raise BadInput where Ray has several machines and the study's files would lie on one of them."""
+    machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    if places.storage is None and len(machines) > 1:
+        rule = f"Ray has {len(machines)} machines, and the study's files would lie on this one alone."
+        raise BadInput(rule, remedy="Give a place that all of them reach: --storage s3://bucket/studies, or a shared folder.")
 
 
 @contextmanager
@@ -282,8 +320,8 @@ def check(spec: Spec) -> tuple[Cell, ...]:
     for cell in cells:
         longest = max((len(parameter.ends()) for parameter in cell.space.values()), default=1)
         for place in range(longest):
-            config = {name: ends[min(place, len(ends) - 1)] for name, p in cell.space.items() if (ends := p.ends())}
-            run_config(cell, Trial("", cell.name, "search", 0, 0, config, "running", None, None, 0, None, False), Path("checkpoint"))
+            config = walk(cell.space, lambda _, parameter, place=place: parameter.ends()[min(place, len(parameter.ends()) - 1)])  # type: ignore[misc]
+            run_config(cell, Trial("", cell.name, "search", 0, 0, config, "running", None, None, 0, None, False), "checkpoint")
     return cells
 
 

@@ -2,7 +2,8 @@
 
 The journal is the truth. When a driver starts, a cell's Optuna study is made anew from the journal, so that the
 two never disagree, whatever a kill left behind. The sampler of a trial is seeded from (study, cell, trial number):
-a suggestion is a function of these and of what the cell's journal holds at that moment.
+a suggestion is a function of these and of what the cell's journal holds at that moment. The sampler works in memory,
+and the storage gets a trial in one transaction when it begins and in another when it ends: a slot waits for both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from mmm4rec.errors import BadInput
 from studies.cells import Cell
@@ -40,7 +41,8 @@ class Suggestions:
         self._journal, self._study_name, self._seed_name = journal, study, f"{study} {seed}"
         waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
         self._storage = optuna.storages.RDBStorage(url, engine_kwargs=waiting)
-        self._studies: dict[str, optuna.Study] = {}
+        self._studies: dict[str, optuna.Study] = {}  # by cell: what the sampler sees, in memory
+        self._stored: dict[str, optuna.Study] = {}  # by cell: the same in the storage
 
     def suggest(self, cell: Cell, number: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """The config of the cell's search trial `number`, by the tree-structured Parzen estimator (Bergstra et al., 2011).
@@ -57,23 +59,32 @@ class Suggestions:
         if given:
             study.enqueue_trial(dict(given))
         trial = study.ask()
-        return walk(cell.space, lambda name, parameter: _draw(trial, name, parameter))
+        config = walk(cell.space, lambda name, parameter: _draw(trial, name, parameter))
+        self._stored[cell.name].add_trial(_begun(cell, config))
+        return config
 
     def tell(self, cell: Cell, trial: Trial) -> None:
         """Pass on how a search trial ended."""
-        self._tell(self._study(cell), trial)
+        ended = self._tell(self._study(cell), trial)
+        if ended is None:
+            return
+        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._stored[cell.name]._study_id, trial.number)
+        for epoch, value in ended.intermediate_values.items():
+            self._storage.set_trial_intermediate_value(trial_id, epoch, value)
+        self._storage.set_trial_state_values(trial_id, ended.state, ended.values)
 
     def _study(self, cell: Cell) -> optuna.Study:
         if cell.name not in self._studies:
+            study = optuna.create_study(direction="maximize")
+            for trial in self._journal.trials(cell.name, "search"):
+                study.add_trial(_begun(cell, trial.config))
+                self._tell(study, trial)
             name = f"{self._study_name}/{cell.name}"
             self._delete_earlier(name)
-            study = optuna.create_study(study_name=name, storage=self._storage, direction="maximize")
-            study.set_user_attr(JOURNAL, self._identity())
-            for trial in self._journal.trials(cell.name, "search"):
-                distributions = {name: _distribution(cell.space[name]) for name in trial.config}
-                study.add_trial(create_trial(state=TrialState.RUNNING, params=trial.config, distributions=distributions))
-                self._tell(study, trial)
-            self._studies[cell.name] = study
+            stored = optuna.create_study(study_name=name, storage=self._storage, direction="maximize")
+            stored.set_user_attr(JOURNAL, self._identity())
+            stored.add_trials(study.get_trials(deepcopy=False))
+            self._studies[cell.name], self._stored[cell.name] = study, stored
         return self._studies[cell.name]
 
     def _delete_earlier(self, name: str) -> None:
@@ -89,18 +100,23 @@ class Suggestions:
     def _identity(self) -> str:
         return self._journal.remember("identity", uuid.uuid4().hex)
 
-    def _tell(self, study: optuna.Study, trial: Trial) -> None:
-        frozen = study._storage.get_trial(study._storage.get_trial_id_from_study_id_trial_number(study._study_id, trial.number))
+    def _tell(self, study: optuna.Study, trial: Trial) -> FrozenTrial | None:
+        """Tell the sampler; what the trial came to, or None where it still runs or was told before."""
+        frozen = study.get_trials(deepcopy=False)[trial.number]
         if trial.outcome == "running" or frozen.state.is_finished():
-            return
+            return None
         best = self._journal.best_value(trial.trial_key)
         if best is None or trial.outcome == "failed":
-            study.tell(trial.number, state=TrialState.FAIL)
-        elif trial.outcome == "pruned":
+            return study.tell(trial.number, state=TrialState.FAIL)
+        if trial.outcome == "pruned":
             optuna.Trial(study, frozen._trial_id).report(best, self._journal.reports(trial.trial_key)[-1].epoch)
-            study.tell(trial.number, state=TrialState.PRUNED)
-        else:
-            study.tell(trial.number, best)
+            return study.tell(trial.number, state=TrialState.PRUNED)
+        return study.tell(trial.number, best)
+
+
+def _begun(cell: Cell, config: Mapping[str, Any]) -> FrozenTrial:
+    distributions = {name: _distribution(cell.space[name]) for name in config}
+    return create_trial(state=TrialState.RUNNING, params=dict(config), distributions=distributions)
 
 
 def _draw(trial: optuna.Trial, name: str, parameter: Parameter) -> Any:

@@ -55,13 +55,20 @@ def priors(cell: Cell, warm: WarmStart | None, journal: Journal, cells: Mapping[
         for study in warm.studies:
             found += _of_study(Path(study), cell)
         begin = blended(found, cell.space)[: max(1, cell.search_trials // 2)]
-        journal.remember(_key(journal, cell.name), json.dumps([vars(prior) for prior in begin]))
+        cost = {"trials": sum(prior.trials for prior in found), "epochs": sum(prior.epochs for prior in found)}
+        journal.remember(_key(journal, cell.name), json.dumps({"begin": [vars(prior) for prior in begin], **cost}))
     return noted_priors(journal, cell.name)
 
 
 def noted_priors(journal: Journal, cell: str) -> list[Prior]:
     """What the journal says of a cell's beginning; nothing where its search has not begun, or began without priors."""
-    return [Prior(**prior) for prior in json.loads(journal.fact(_key(journal, cell)) or "[]")]
+    return [Prior(**prior) for prior in json.loads(journal.fact(_key(journal, cell)) or '{"begin": []}')["begin"]]
+
+
+def noted_cost(journal: Journal, cell: str) -> tuple[int, int]:
+    """Trials and epochs of all searches elsewhere that a cell's search began from, also of those whose best found no place."""
+    told = json.loads(journal.fact(_key(journal, cell)) or "{}")
+    return told.get("trials", 0), told.get("epochs", 0)
 
 
 def _key(journal: Journal, cell: str) -> str:

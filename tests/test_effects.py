@@ -173,7 +173,7 @@ def track(folder: Path) -> None:
     cells, _ = build_cells(spec, {name: Source(f"/{name}", f"print-{name}", True) for name in ("toys", "games")})
     folder.mkdir()
     journal = Journal(folder / "study.sqlite3")
-    journal.add_cells(cells)
+    journal.add_cells([cell.name for cell in cells])
     for cell in cells:
         told = {"best_epoch": 2, "valid": row(2)["valid"], "config": {}, "fingerprint": cell.fingerprint}
         for phase, number in [("search", 0)] * bool(cell.search_trials) + [("confirm", n) for n in range(cell.confirm_seeds)]:

@@ -30,7 +30,7 @@ from studies.cells import Source, build_cells
 from studies.cost import BEST, LAST, PARAMETER_BYTES, Weight, expected_cost, expected_search_epochs, expected_survivors, typical_run, weigh
 from studies.doctor import check_domains, check_folder, check_journal, check_stores, fill_stores, main
 from studies.doctor_nodes import Node, judge, judge_clock, judge_disks, judge_domains, judge_gpus, judge_network, judge_versions
-from studies.domains import _source
+from studies.domains import source_of
 from studies.findings import Finding, exit_status, table
 from studies.plan import survives
 from studies.spec import Budget, Resources, Spec, Stores
@@ -188,16 +188,17 @@ def test_a_changed_spec_is_told(tmp_path: Path) -> None:
     assert levels(check_journal(spec, tmp_path)) == ["ok"]
     journal = Journal(tmp_path / "study.sqlite3")
     journal.pin("spec", {key: value for key, value in to_dict(spec).items() if key not in UNPINNED})
+    journal.pin("code", {"version": "0.1.0+another"})
     journal.close()
-    assert levels(check_journal(spec, tmp_path)) == ["ok"]
-    _, changed = check_journal(tiny(budget={**TINY_STUDY["budget"], "epochs": 5}), tmp_path)  # type: ignore[dict-item]
+    assert [finding.name for finding in check_journal(spec, tmp_path)] == ["journal", "code"]
+    _, changed, _ = check_journal(tiny(budget={**TINY_STUDY["budget"], "epochs": 5}), tmp_path)  # type: ignore[dict-item]
     assert (changed.level, "budget.epochs: 4 then, 5 now" in changed.what) == ("warning", True)
 
 
 def test_domains_are_what_their_files_say(make_domain: Callable[..., Domain]) -> None:
     """Of each kind of damage one, by whom it is found."""
     domain = make_domain()
-    sources = {"shop": _source(domain)}
+    sources = {"shop": source_of(domain)}
 
     def found(storage: str | None = None) -> Finding:
         (finding,) = judge_domains(NODE, probe.domains({"shop": str(domain.path)}), sources, storage)
@@ -249,14 +250,14 @@ def test_cost_by_hand() -> None:
     assert bare.hours_at_most is bare.disk_bytes is None
     cost = expected_cost(spec, cells, {cell.name: Weight(1000, 36.0) for cell in cells})
     assert cost.hours_at_most == pytest.approx(60 * 36 / 3600 / 2)
-    assert cost.disk_bytes == 3 * 5 * (BEST + LAST) * 4000 + 2 * LAST * 4000
+    assert cost.disk_bytes == 3 * 5 * BEST * 4000 + 2 * 2 * LAST * 4000
     assert "of a GPU" in "\n".join(costs.cost_lines(cost))
     capped = expected_cost(tiny(resources={"disk_gb": 1e-5}), cells, {cell.name: Weight(1000) for cell in cells})
-    assert capped.disk_bytes == 10_000 + 2 * LAST * 4000
+    assert capped.disk_bytes == 10_000 + 2 * 2 * LAST * 4000
 
 
 def test_a_run_weighs_what_its_files_do(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
-    source = _source(make_domain())
+    source = source_of(make_domain())
     changes: dict[str, Any] = {
         "model": {"width": 64},
         "pretrain": None,

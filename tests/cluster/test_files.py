@@ -210,9 +210,16 @@ def test_a_node_is_set_up_once_and_again_when_something_changed(tmp_path: Path) 
 # ---- slurm.sbatch, in a Slurm that is played: every node is this machine
 
 FAKES = {
+    "hostname": "echo 127.0.0.1",
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; echo "$@" >> "$PLAY/steps"; exec "$@"',
     "scontrol": 'case "$1" in show) echo first;; requeue) echo "$2" >> "$PLAY/requeued";; esac',
 }
+LISTENER = """
+import socket, sys, time
+port = next(int(word.removeprefix('--port=')) for word in sys.argv if word.startswith('--port='))
+server = socket.create_server(('127.0.0.1', port))
+time.sleep(100)
+"""
 DRIVERS = {
     "ends": "exit 0",
     "fails": "exit 1",
@@ -227,7 +234,13 @@ def _play(folder: Path, programs: dict[str, str]) -> dict[str, str]:
     for name, script in {**FAKES, **programs}.items():
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / "bin" / name).chmod(0o755)
-    job = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "first", "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "2"}
+    job = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "first",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_SUBMIT_DIR": str(folder),
+    }
     return {"PATH": f"{folder}/bin:{os.environ['PATH']}", "HOME": str(folder), "PLAY": str(folder), "MMM4REC_VENV": str(folder), **job}
 
 
@@ -237,7 +250,7 @@ def _play(folder: Path, programs: dict[str, str]) -> dict[str, str]:
 )
 def test_slurm_queues_again_only_what_the_wall_time_stopped(tmp_path: Path, driver: str, told: bool, status: int, requeued: bool) -> None:
     python = f'case "$*" in *transfer_sweep*) echo "$@" > "$PLAY/driver"; {DRIVERS[driver]};; *) echo token;; esac'
-    ray = 'case "$1" in start) exec sleep 100;; status) printf "Active:\\n 1 node_a\\nPending:\\n";; esac'
+    ray = f'case "$1" in start) exec {sys.executable} -c "{LISTENER}" "$@";; status) printf "Active:\\n 1 node_a\\nPending:\\n";; esac'
     environment = {**_play(tmp_path, {"python": python, "ray": ray}), "MMM4REC_GRACE_SECONDS": "1"}
     job = subprocess.Popen(["bash", CLUSTER / "slurm.sbatch", "--spec", "demo", "--storage", str(tmp_path)], env=environment)
     if told:
@@ -251,7 +264,7 @@ def test_slurm_queues_again_only_what_the_wall_time_stopped(tmp_path: Path, driv
     assert f"--spec demo --storage {tmp_path}" in (tmp_path / "driver").read_text()
     assert "ray start --head" in (tmp_path / "steps").read_text()
     started = [line for line in (tmp_path / "steps").read_text().splitlines() if "ray start" in line]
-    assert not any(_runs(line) for line in started), "Ray outlives the job"
+    assert not any(_runs(line.removeprefix("ray ")) for line in started), "Ray outlives the job"
 
 
 def _runs(command: str) -> bool:
@@ -287,4 +300,5 @@ def test_slurm_runs_a_study_on_a_real_ray(tmp_path: Path) -> None:
     assert job.returncode == 0, job.stdout[-3000:] + job.stderr[-3000:]
     assert "Ray has 1 of 1 nodes." in job.stdout
     assert list((tmp_path / "storage").rglob("result.json"))
+    assert (folder / "results" / "played" / "tables").is_dir()
     assert not (folder / "requeued").exists()

@@ -15,6 +15,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
+from evidence import by_node, counting, trials
 from machines import HOME, NETWORK, STORAGE, Machine, boot, enclosed, lacking, prepare_enclosure, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,15 +34,8 @@ SPEC = Path(__file__).with_name("tiny.yaml")
 CLUSTER = f"{HOME}/onprem.yaml"
 STUDY = yaml.safe_load(SPEC.read_text(encoding="utf-8"))
 COMMAND = f"--spec {HOME}/mmm4rec/{SPEC.relative_to(ROOT)} --storage {STORAGE}"
-LIMIT_SECONDS = 600
-COUNTS = {
-    "searched": "select count(*) from trials where phase = 'search'",
-    "confirmed": "select count(*) from trials where phase = 'confirm' and outcome = 'finished'",
-    "unfinished": "select count(*) from trials where outcome = 'running'",
-    "failed": "select count(*) from trials where outcome = 'failed'",
-    "holes": """select count(*) from (select count(*) epochs, min(epoch) first, max(epoch) last from reports group by trial_key)
-                where epochs <> last - first + 1""",
-}
+LIMIT_SECONDS = 900
+LEASE_SECONDS = 95  # for so long a lost driver still holds its study
 BEGUN = time.monotonic()
 
 
@@ -75,6 +69,7 @@ def main() -> int:
     if reason := lacking():
         print(f"skipped: {reason}.")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # clean up then, too
     folder = Path(tempfile.mkdtemp(prefix="two-nodes-", dir="/tmp"))
     try:
         return enclosed([sys.executable, __file__, "--inside", str(folder), *sys.argv[1:]], timeout_seconds=LIMIT_SECONDS)
@@ -212,10 +207,10 @@ def reached(laptop: Machine, address: str, wanted: Sequence[int]) -> list[int]:
     return [int(port) for port in must(laptop, f"{VENV}/bin/python -c {shlex.quote(code)} {arguments}").split()]
 
 
-def submit(cluster: Cluster, *more: str) -> None:
+def submit(cluster: Cluster) -> None:
     """`ray submit --tmux`: the driver runs on the head, whatever becomes of the laptop."""
     ray = f"{VENV}/bin/ray submit --no-config-cache --tmux {CLUSTER}"
-    must(cluster.laptop, f"cd {ROOT} && {ray} studies/transfer_sweep.py -- {' '.join([COMMAND, *more])}", seconds=90)
+    must(cluster.laptop, f"cd {ROOT} && {ray} studies/transfer_sweep.py -- {COMMAND}", seconds=90)
     wait_for("the driver", lambda: driving(cluster), seconds=20)
     say(f"ray submit --tmux: the driver runs on {cluster.head.name}")
 
@@ -224,28 +219,17 @@ def driving(cluster: Cluster) -> bool:
     return cluster.head.run(cluster.driver).returncode == 0
 
 
-def trials(cluster: Cluster) -> dict[str, dict[str, Any]]:
-    """By trial: the machines whose processes wrote its log, and whether it has ended, from its files in the shared storage."""
-    found = {}
-    for folder in sorted((cluster.study / "trials").glob("*")):
-        log = folder / "log.txt"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-        nodes = re.findall(r"^\S+ \S+ (\S+) WARNING .* begins or goes on", text, re.MULTILINE)
-        found[folder.name] = {"nodes": nodes, "ended": (folder / "result.json").exists()}
-    return found
-
-
 def ran_on_both(cluster: Cluster) -> None:
     """Wait until trials run on both nodes."""
 
     def both() -> bool:
-        running = {trial["nodes"][-1] for trial in trials(cluster).values() if trial["nodes"] and not trial["ended"]}
+        running = {trial["nodes"][-1] for trial in trials(cluster.study).values() if trial["nodes"] and not trial["ended"]}
         if not driving(cluster):
             raise NotSeenError(f"the driver ended early:\n{screen(cluster)}")
         return running == {cluster.head.name, cluster.worker.name}
 
-    wait_for("trials on both nodes", both, seconds=150, every=0.5)
-    say(f"trials run on both nodes: {_by_node(cluster)}")
+    wait_for("trials on both nodes", both, seconds=240, every=0.5)
+    say(f"trials run on both nodes: {by_node(cluster.study)}")
 
 
 def lose_the_worker(cluster: Cluster) -> None:
@@ -255,26 +239,30 @@ def lose_the_worker(cluster: Cluster) -> None:
 
 def lose_the_head(cluster: Cluster) -> Cluster:
     """Take the head away, its disk with it; a new one goes on with what the shared storage has."""
-    time.sleep(3)  # a snapshot or two
+    time.sleep(12)  # a snapshot or two
     cluster.head.take_away()
+    lost = time.monotonic()
     say("the head is taken away in the middle, and its disk")
     new = replace(cluster, head=boot_node("newhead", 4, cluster.folder))
     bring_up(new)
-    submit(new, "--resume", "--yes")
+    time.sleep(max(0.0, lost + LEASE_SECONDS - time.monotonic()))
+    submit(new)
     return new
 
 
 def complete(cluster: Cluster) -> None:
     """Wait for the driver's end and see that the study is whole."""
-    wait_for("the study's end", lambda: not driving(cluster), seconds=300, every=1)
-    say(f"the driver has ended: {_by_node(cluster)}")
+    wait_for("the study's end", lambda: not driving(cluster), seconds=400, every=1)
+    say(f"the driver has ended: {by_node(cluster.study)}")
     if cluster.worker.keeper.poll() is not None:
-        moved = [key for key, trial in trials(cluster).items() if trial["nodes"][:1] == ["worker"] and "head" in trial["nodes"]]
+        moved = [key for key, trial in trials(cluster.study).items() if trial["nodes"][:1] == ["worker"] and "head" in trial["nodes"]]
         expect(bool(moved), "no trial of the worker went on on the head")
         say(f"{len(moved)} of the worker's trials went on on the head, from their last epoch")
     again = cluster.head.run(f". ~/.mmm4rec.sh; cd ~ && python ~/transfer_sweep.py {COMMAND}", timeout_seconds=120)
     expect(again.returncode == 0, f"the same command again ends with status {again.returncode}:\n{again.stdout[-3000:]}\n{screen(cluster)}")
-    confirmed = _journal(cluster)
+    count = counting(f"results/{STUDY['study']}/study.sqlite3")
+    told = must(cluster.head, f". ~/.mmm4rec.sh; cd ~ && python -c {shlex.quote(count)}")
+    confirmed = json.loads(told.splitlines()[-1])
     print(again.stdout[-1500:], flush=True)
     cells = sum(len(group["domains"]) * len(group["arms"]) for group in STUDY["cells"])
     expect(confirmed["unfinished"] == 0, f"trials that have not ended: {confirmed}")
@@ -282,24 +270,6 @@ def complete(cluster: Cluster) -> None:
     expect(confirmed["searched"] == cells * STUDY["budget"]["search_trials"], f"search trials: {confirmed}")
     expect(confirmed["holes"] == 0, f"curves with a hole or an epoch twice: {confirmed}")
     say(f"the study is complete: {confirmed}")
-
-
-def _journal(cluster: Cluster) -> dict[str, int]:
-    """Counts from the journal on the head's disk."""
-    code = f"""
-import json, sqlite3
-database = sqlite3.connect("results/{STUDY["study"]}/study.sqlite3")
-print(json.dumps({{name: database.execute(query).fetchone()[0] for name, query in {COUNTS!r}.items()}}))
-"""
-    return dict(json.loads(must(cluster.head, f". ~/.mmm4rec.sh; cd ~ && python -c {shlex.quote(code)}").splitlines()[-1]))
-
-
-def _by_node(cluster: Cluster) -> str:
-    seen = trials(cluster)
-    nodes = sorted({node for trial in seen.values() for node in trial["nodes"]})
-    return f"{len(seen)} trials; begun or gone on with: " + ", ".join(
-        f"{sum(trial['nodes'].count(node) for trial in seen.values())} on {node}" for node in nodes
-    )
 
 
 def screen(cluster: Cluster) -> str:
