@@ -34,8 +34,5 @@ export PATH="$HOME/mmm4rec-venv/bin:$PATH"
 export RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
 if [ -f "$HOME/.mmm4rec_secrets.sh" ]; then . "$HOME/.mmm4rec_secrets.sh"; fi
 SHELL
-if [ -n "${MMM4REC_WAIT_FOR_NODES_SECONDS:-}" ]; then # where nodes come when they are asked for
-    echo "export MMM4REC_WAIT_FOR_NODES_SECONDS=$MMM4REC_WAIT_FOR_NODES_SECONDS" >>"$HOME/.mmm4rec.sh"
-fi
 touch "$HOME/.bashrc"
 grep -qxF '. ~/.mmm4rec.sh' "$HOME/.bashrc" || echo '. ~/.mmm4rec.sh' >>"$HOME/.bashrc"

@@ -7,8 +7,6 @@ A run is looked up before it is made wherever it may exist: a kill, or an answer
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import secrets
@@ -16,15 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow calls home otherwise; whoever wants that sets "false"
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
-from mmm4rec.tracking import mlflow_name
 from studies.cells import Cell, flat
+from studies.mlflow_facts import cell_facts, cell_tags, epoch_metrics, note, result_metrics, result_tags, trial_params
 from studies.mlflow_store import KEPT, fold_wal, is_away, is_database, open_store, search, shown, store_uri
 from studies.outbox import Outbox
 from studies.spec import Spec
@@ -35,9 +32,6 @@ METRICS_PER_CALL = 900  # MLflow takes 1,000
 PARAMS_PER_CALL = 90  # MLflow takes 100
 PARAM_LENGTH, TAG_LENGTH = 6000, 5000  # what MLflow keeps of a text
 PATIENCE_SECONDS = 600.0  # how long `flush` waits for a store that takes nothing
-COMPARE = (  # a page of MLflow's own
-    "#/experiments/{}/runs?workflowType=machine_learning&searchFilter={}&orderByKey={}&orderByAsc=false&compareRunsMode=CHART"
-)
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +126,8 @@ class MlflowTracker:
         for place, report in enumerate(reports):
             seconds += report.row["train_seconds"] + report.row["valid_seconds"]
             if place >= self._logged.get(trial_key, 0):
-                metrics += _epoch_metrics(report.row, seconds, report.reported_ms)
-        params = {} if trial_key in self._logged else self._trial_params(trial)
+                metrics += epoch_metrics(report.row, seconds, report.reported_ms)
+        params = {} if trial_key in self._logged else trial_params(self._cells[trial.cell], trial)
         if trial.outcome == "running":
             self._write(run, metrics=metrics, params=params)
             self._logged[trial_key] = len(reports)
@@ -144,10 +138,13 @@ class MlflowTracker:
     def _end(self, run: str, trial: Trial, reports: Sequence[Report], metrics: list[Metric], params: dict[str, Any]) -> None:
         tags = {"mmm4rec.outcome": trial.outcome} | ({"mmm4rec.reason": trial.reason} if trial.reason else {})
         if trial.result is not None:
-            tags |= _result_tags(trial.result)
+            tags |= result_tags(trial.result)
             steps = next((r.row["optimizer_steps"] for r in reports if r.epoch == trial.result["best_epoch"]), 0)
-            metrics = metrics + _result_metrics(trial.result, steps, trial.ended_ms or 0)
-            params = flat(trial.result["config"]) | self._trial_params(trial)  # MLflow takes no parameter with another value
+            metrics = metrics + result_metrics(trial.result, steps, trial.ended_ms or 0)
+            # what was searched comes last: MLflow takes no parameter with another value
+            params = flat(trial.result["config"]) | trial_params(self._cells[trial.cell], trial)
+                self._cells[trial.cell], trial
+            )  # MLflow takes no parameter with another value
         if (trial.phase, trial.outcome) == ("confirm", "finished"):
             for file in (self._folder / "trials" / trial.trial_key / name for name in KEPT):
                 if file.is_file():
@@ -160,13 +157,8 @@ class MlflowTracker:
         self._logged.pop(trial.trial_key, None)
         self._runs.pop((trial.phase, trial.trial_key), None)
 
-    def _trial_params(self, trial: Trial) -> dict[str, Any]:
-        cell = self._cells[trial.cell]
-        told = {"arm": cell.arm, "domain": cell.domain, "init": cell.init, "phase": trial.phase}
-        return told | trial.config | {"seed": trial.seed, "number": trial.number}
-
     def _trial_run(self, trial: Trial, *, may_exist: bool) -> str:
-        tags = {**_cell_tags(self._cells[trial.cell]), "mmm4rec.trial_key": trial.trial_key, "mmm4rec.outcome": "running"}
+        tags = {**cell_tags(self._cells[trial.cell]), "mmm4rec.trial_key": trial.trial_key, "mmm4rec.outcome": "running"}
         tags |= {} if trial.origin is None else {"mmm4rec.origin": trial.origin}
         parent = self._cell_run(trial.cell)
         return self._run(
@@ -175,27 +167,12 @@ class MlflowTracker:
 
     def _cell_run(self, name: str) -> str:
         if ("cell", name) not in self._runs:
-            run = self._run(
-                "cell", name, name=name, start_ms=self._begun_ms(), tags=_cell_tags(self._cells[name]), parent=self._study_run()
-            )
+            run = self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=cell_tags(self._cells[name]), parent=self._study_run())
             self._write(run, tags=self._cell_facts(name))
         return self._runs["cell", name]
 
     def _cell_facts(self, name: str) -> dict[str, str]:
-        """Tags, as MLflow lets no parameter change, and a spec may, while the study lives."""
-        cell = self._cells[name]
-        besides_init = hashlib.sha256(json.dumps([cell.run, cell.shuffle_features], sort_keys=True).encode()).hexdigest()[:8]
-        facts = {
-            "position": list(self._cells).index(name),
-            "init": cell.init,
-            "besides_init": besides_init,  # equal where arms differ in nothing but init
-            "search_trials": cell.search_trials,
-            "epochs": self._spec.budget.epochs,
-            "confirm_seeds": cell.confirm_seeds,
-            "space": json.dumps({key: [p.low, p.high, p.log, p.choices] for key, p in cell.space.items()}),
-            "baseline": self._spec.baseline or "",
-        }
-        return _cell_tags(cell) | {f"mmm4rec.{key}": str(value) for key, value in facts.items()}
+        return cell_facts(self._cells[name], list(self._cells).index(name), self._spec)
 
     def _tag_cell(self, name: str) -> None:
         self._write(self._cell_run(name), tags=self._cell_facts(name))
@@ -220,12 +197,12 @@ class MlflowTracker:
         for row in curve:
             seconds += row["train_seconds"] + row["valid_seconds"]
             steps[row["epoch"]] = row["optimizer_steps"]
-            metrics += _epoch_metrics(row, seconds, begun_ms + int(seconds * 1000))
+            metrics += epoch_metrics(row, seconds, begun_ms + int(seconds * 1000))
         self._write(run, metrics=metrics)
         if result is not None:
             ended_ms = begun_ms + int(seconds * 1000)
-            best = _result_metrics(result, steps.get(result["best_epoch"], 0), ended_ms)
-            self._write(run, metrics=best, params=flat(result["config"]), tags=_result_tags(result) | {"mmm4rec.outcome": "finished"})
+            best = result_metrics(result, steps.get(result["best_epoch"], 0), ended_ms)
+            self._write(run, metrics=best, params=flat(result["config"]), tags=result_tags(result) | {"mmm4rec.outcome": "finished"})
             self._client.set_terminated(run, "FINISHED", end_time=ended_ms)
 
     def _end_all(self, artifacts: Sequence[Path]) -> None:
@@ -234,7 +211,7 @@ class MlflowTracker:
             told = {f"mmm4rec.chosen.{key}": str(value) for key, value in (chosen or {}).items()}
             self._write(run, tags=told | {"mmm4rec.outcome": "finished"})
             self._client.set_terminated(run, "FINISHED")
-        self._client.set_experiment_tag(self._experiment, "mlflow.note.content", self._note(self._experiment))
+        self._tell_newcomers(self._experiment)
         study = self._study_run()
         for path in artifacts:
             if path.is_dir():
@@ -302,24 +279,14 @@ class MlflowTracker:
         self._journal.replace("mlflow_experiment", name)
         if found is not None:
             return str(found.experiment_id)
-        tags = {"mmm4rec.study_id": study_id, "mlflow.experimentKind": "custom_model_development"}  # opens at its runs
         place = (self._folder / "artifacts").resolve().as_uri() if is_database(self._uri) else None  # a server has its own place
-        experiment = str(self._client.create_experiment(name, artifact_location=place, tags=tags))
-        self._client.set_experiment_tag(experiment, "mlflow.note.content", self._note(experiment))
+        experiment = str(self._client.create_experiment(name, artifact_location=place, tags={"mmm4rec.study_id": study_id}))
+        self._tell_newcomers(experiment)
         return experiment
 
-    def _note(self, experiment: str) -> str:
-        """Tells a newcomer, at the head of MLflow's page, where to look."""
-        domains = dict.fromkeys(cell.domain for cell in self._cells.values())
-        order = quote("metrics.`test/ndcg_at_10`")
-        filters = {name: quote(f"tags.mmm4rec.phase = 'confirm' and tags.mmm4rec.domain = '{name}'") for name in domains}
-        links = " · ".join(f"[{name}]({COMPARE.format(experiment, wanted, order)})" for name, wanted in filters.items())
-        return (
-            f"**Compare the arms** by their confirm trials, best first: {links}\n\n"
-            "There, *Group by* `arm` draws means over seeds, and the chart `valid/ndcg_at_10` has the curves; a step is an optimizer step."
-            " `test/*` and `best_valid/*` are of the best epoch, at its step. Sorted by *Created*, runs nest: study, cell, trial,"
-            " and charts leave out trials whose cell is folded."
-        )
+    def _tell_newcomers(self, experiment: str) -> None:
+        domains = list(dict.fromkeys(cell.domain for cell in self._cells.values()))
+        self._client.set_experiment_tag(experiment, "mlflow.note.content", note(experiment, domains))
 
     def _write(
         self,
@@ -340,34 +307,3 @@ class MlflowTracker:
                 params=told[call * PARAMS_PER_CALL : (call + 1) * PARAMS_PER_CALL],
                 tags=last if call == calls - 1 else [],
             )
-
-
-def _cell_tags(cell: Cell) -> dict[str, str]:
-    return {
-        "mmm4rec.cell": cell.name,
-        "mmm4rec.domain": cell.domain,
-        "mmm4rec.arm": cell.arm,
-        "mmm4rec.fingerprint": cell.fingerprint,
-    }
-
-
-def _result_tags(result: Mapping[str, Any]) -> dict[str, str]:
-    named = {"fingerprint": "fingerprint", "code_version": "code_version", "checkpoint": "checkpoint"}
-    return {f"mmm4rec.{tag}": str(result[key]) for tag, key in named.items() if result.get(key) is not None}
-
-
-def _epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) -> list[Metric]:
-    """An epoch's metrics at its optimizer step; `seconds` is the trial's time up to here."""
-    values: dict[str, float] = {"epoch": row["epoch"], "seconds": seconds}
-    if row["train_loss"] is not None:
-        values["train loss"] = row["train_loss"]
-    values |= {f"valid {name}": value for name, value in row["valid"].items()}
-    return [Metric(mlflow_name(name), float(value), timestamp_ms, row["optimizer_steps"]) for name, value in values.items()]
-
-
-def _result_metrics(result: Mapping[str, Any], steps: int, timestamp_ms: int) -> list[Metric]:
-    """The metrics at the best epoch, at that epoch's optimizer step; and the most memory that the run held."""
-    values = {f"best_valid {name}": value for name, value in result["valid"].items()}
-    values |= {f"test {name}": value for name, value in result.get("test", {}).items()}
-    values |= {"peak_memory_bytes": result["peak_memory_bytes"]} if "peak_memory_bytes" in result else {}
-    return [Metric(mlflow_name(name), float(value), timestamp_ms, steps) for name, value in values.items()]

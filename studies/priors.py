@@ -265,6 +265,7 @@ def _row(pair: Pair) -> dict[str, Any]:
 
 def _head(facts: Mapping[str, Any]) -> list[str]:
     told, where = facts["settings"], facts["machine"]
+    cut = f"**Cut short: {told['trials']} of {PLANNED} cold trials. No optimum to speak of: what follows shows the tool, and settles nothing.**"
     return [
         "# Priors carried on, one domain left out",
         "",
@@ -274,6 +275,7 @@ def _head(facts: Mapping[str, Any]) -> list[str]:
         "begun with the blend and the bests of the cold searches in the two other domains.",
         f"Machine: {where['name']}, {where['threads']} thread, torch {where['torch']}, code {where['code_version']}.",
         "",
+        *([cut, ""] if told["trials"] < PLANNED else []),
         f"The optimum is the best validation NDCG@10 of the {told['trials']} cold trials. A search is near it from its first trial that is",
         "within 1 % of it.",
         "",

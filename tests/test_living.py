@@ -41,8 +41,8 @@ PLAIN = {
     "pretrain": None,
     "baseline": None,
     "space": {"training.learning_rate": {"low": 1e-3, "high": 1e-1, "log": True}},
-    "arms": {"scratch": {}, "popularity": {"recommender": "popularity"}},
-    "cells": [{"domains": ["attic"], "arms": ["scratch", "popularity"]}],
+    "arms": {"scratch": {}},
+    "cells": [{"domains": ["attic"], "arms": ["scratch"]}],
     "budget": {"search_trials": 2, "epochs": 3, "grace_epochs": 3, "confirm_seeds": 2},
 }
 
@@ -100,7 +100,7 @@ def outcomes(study: Study) -> Counter[tuple[str, str]]:
     return Counter((trial.phase, trial.outcome) for trial in study.plan.journal.trials())
 
 
-ALL = Counter({("search", "finished"): 2, ("confirm", "finished"): 3})
+ALL = Counter({("search", "finished"): 2, ("confirm", "finished"): 2})
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, errors: list[Exception], *, after_epochs: int = 0) -> None:
@@ -146,11 +146,8 @@ def test_status_counts_trials_by_cell(out: Path) -> None:
         work(study)
         assert "a driver works on it" in control.status(spec(), out)
     lines = control.status(spec(), out).splitlines()
-    assert [line.split()[:5] for line in lines[1:3]] == [
-        ["attic/scratch", "2/2", "2/2", "0", "0"],
-        ["attic/popularity", "0/0", "1/1", "0", "0"],
-    ]
-    assert lines[-1].startswith("2/2 cells done, no driver works on it, 0:00 left")
+    assert lines[1].split()[:5] == ["attic/scratch", "2/2", "2/2", "0", "0"]
+    assert lines[-1].startswith("1/1 cells done, no driver works on it, 0:00 left")
 
 
 def test_an_arm_that_joins_a_running_study_is_run_and_what_had_ended_stays(out: Path) -> None:
@@ -163,7 +160,7 @@ def test_an_arm_that_joins_a_running_study_is_run_and_what_had_ended_stays(out: 
                 control.add(spec(), out, data=None, domains=[], arms=["wide={training: {patience: 2}}"])
 
         work(study, Quiet(join))
-        assert list(study.plan.cells) == ["attic/scratch", "attic/popularity", "attic/wide"]
+        assert list(study.plan.cells) == ["attic/scratch", "attic/wide"]
         assert outcomes(study) == ALL + Counter({("search", "finished"): 2, ("confirm", "finished"): 2})
         ended = {trial.trial_key: trial.ended_ms for trial in study.plan.journal.trials()}
     with opened(out, spec()) as study:  # the spec as it was given; the addition stands in the journal
@@ -178,7 +175,7 @@ def test_an_arm_that_joins_a_running_study_is_run_and_what_had_ended_stays(out: 
 def test_a_domain_that_joins_gets_every_arm() -> None:
     whole = extended(spec(), [{"domains": ["shop"], "arms": {}}, {"domains": [], "arms": {"wide": {}}}])
     pairs = [(domain, arm) for group in whole.cells for domain in group.domains for arm in group.arms]
-    assert pairs == [(d, a) for d in ("attic", "shop") for a in ("scratch", "popularity")] + [("attic", "wide"), ("shop", "wide")]
+    assert pairs == [("attic", "scratch"), ("shop", "scratch"), ("attic", "wide"), ("shop", "wide")]
     assert whole.domains.prepare == {"shop": "shop"}
 
 
@@ -192,7 +189,7 @@ def test_changes_need_a_yes_and_set_aside_only_what_rests_on_them(out: Path) -> 
     with opened(out, spec()) as study:
         work(study)
         before = {trial.trial_key for trial in study.plan.journal.trials()}
-    changed = spec(arms={"scratch": {"model": {"dropout": 0.3}}, "popularity": {"recommender": "popularity"}})
+    changed = spec(arms={"scratch": {"model": {"dropout": 0.3}}})
     with pytest.raises(BadInput, match=r"run\.model\.dropout: None then, 0\.3 now"), opened(out, changed):
         pass
     with opened(out, changed, accept=lambda text: said.append(text) or True) as study:  # type: ignore[func-returns-value]
@@ -212,7 +209,7 @@ def test_more_search_trials_keep_the_search_and_confirm_anew(out: Path) -> None:
     more = spec(budget={**PLAIN["budget"], "search_trials": 3})  # type: ignore[dict-item]
     with opened(out, more, accept=lambda text: True) as study:
         work(study)
-        assert outcomes(study) == Counter({("search", "finished"): 3, ("confirm", "finished"): 3, ("confirm", "superseded"): 2})
+        assert outcomes(study) == Counter({("search", "finished"): 3, ("confirm", "finished"): 2, ("confirm", "superseded"): 2})
 
 
 def test_changed_code_needs_a_yes_and_takes_nothing_away(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,7 +236,7 @@ def test_a_trial_that_fails_is_tried_again_and_then_recorded_with_its_reason(out
         assert listener.failures == ["error"] * 3
         (failed,) = study.plan.journal.trials(outcome="failed")
         assert (failed.reason or "").strip().endswith("ValueError: broken wire")
-        assert outcomes(study) == Counter({("search", "failed"): 1, ("search", "finished"): 1, ("confirm", "finished"): 3})
+        assert outcomes(study) == Counter({("search", "failed"): 1, ("search", "finished"): 1, ("confirm", "finished"): 2})
 
 
 def test_an_epoch_finished_in_between_starts_the_count_anew(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +307,7 @@ def test_ended_trials_keep_no_last_checkpoint_and_a_disk_budget_takes_the_worst_
         values = {trial.trial_key: journal.best_value(trial.trial_key) or 0.0 for trial in journal.trials("attic/scratch", "search")}
         by_value = sorted(values, key=values.__getitem__)
         size = (trials / by_value[0] / "best.safetensors").stat().st_size
-        (ended,) = journal.trials("attic/popularity")
+        ended = journal.trials("attic/scratch", "confirm")[0]
         tidy(Places(study.folder), journal, ended, disk_gb=(used_bytes(trials) - size - 1) / 1e9)
         assert [key for key in by_value if (trials / key / "best.safetensors").exists()] == by_value[2:]
         tidy(Places(study.folder), journal, ended, disk_gb=1e-9)

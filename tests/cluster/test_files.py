@@ -78,7 +78,7 @@ def test_gpu_workers_come_and_go() -> None:
     workers = config["available_node_types"]["gpu"]
     assert workers["min_workers"] == 0
     assert workers["max_workers"] <= config["max_workers"]
-    assert "WAIT_FOR_NODES_SECONDS" in config["setup_commands"][0]
+    assert any("RAY_ADDRESS=auto" in command for command in config["head_setup_commands"]), "the driver must wait for the first GPU"
     inside = config["provider"]["security_group"]["IpPermissions"]
     assert [(rule["FromPort"], rule["ToPort"]) for rule in inside] == [(22, 22)]
     assert "0.0.0.0/0" not in str(inside)

@@ -257,7 +257,7 @@ def complete(cluster: Cluster) -> None:
     if cluster.worker.keeper.poll() is not None:
         moved = [key for key, trial in trials(cluster.study).items() if trial["nodes"][:1] == ["worker"] and "head" in trial["nodes"]]
         expect(bool(moved), "no trial of the worker went on on the head")
-        say(f"{len(moved)} of the worker's trials went on on the head, from their last epoch")
+        say(f"{len(moved)} of the worker's trials went on on the head")
     again = cluster.head.run(f". ~/.mmm4rec.sh; cd ~ && python ~/transfer_sweep.py {COMMAND}", timeout_seconds=120)
     expect(again.returncode == 0, f"the same command again ends with status {again.returncode}:\n{again.stdout[-3000:]}\n{screen(cluster)}")
     count = counting(f"results/{STUDY['study']}/study.sqlite3")
