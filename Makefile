@@ -9,13 +9,16 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 CPU_BUILD = $(PYTHON) -c 'from urllib.request import urlopen; urlopen("$(CPU_INDEX)/torch/", timeout=10)' 2>/dev/null && echo --extra-index-url $(CPU_INDEX)
 TORCH_BUILD = $(if $(shell command -v nvidia-smi),,$(shell $(CPU_BUILD)))
 
-.PHONY: study test lint types install
+.PHONY: study test test-cluster lint types install
 
 study: install
 	$(VENV)/bin/python studies/transfer_sweep.py --spec demo
 
 test: install
 	$(VENV)/bin/python -m pytest
+
+test-cluster: install  # as root: two nodes made of namespaces, with an sshd each
+	$(VENV)/bin/python tests/cluster/two_nodes.py
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -58,6 +58,15 @@ class Conductor:
     tidy: Callable[[Trial], None] = lambda trial: None  # what is left of a trial's files when it has ended
     stopping: str | None = None  # why no new trial begins, and running ones end with their epoch
 
+    def catch_up(self) -> None:
+        """Do what an earlier driver's end cut off: tell the sampler's store of ended searches, and tidy the files of ended trials."""
+        for trial in self.plan.journal.trials():
+            if trial.cell in self.plan.cells and trial.outcome != "running":
+                self.tidy(trial)
+        for cell in self.plan.cells.values():
+            if searched := self.plan.journal.trials(cell.name, "search"):
+                self.suggestions.tell(cell, searched[-1])
+
     def next_trial(self) -> Trial | None:
         """The next trial to run; None when there is nothing to start now."""
         self._hear_requests()

@@ -47,7 +47,6 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the journal and our progress lines say it
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",  # a stopped trial may take so long to close before its actor is used again
-    "TUNE_MAX_PENDING_TRIALS_PG": "2",  # a trial waits while another starts: free slots are filled at once
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # Ray's own snapshots of the experiment are never read
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "MALLOC_ARENA_MAX": "1",  # every trial is a new thread of its actor: with an arena each, glibc's memory grows and grows
@@ -63,7 +62,8 @@ def start_ray(resources: Resources, *, workers: int = 1) -> None:
     Raises BadInput where a trial, or the pre-training's `workers` together, ask for more than this machine alone has, and
     where RAY_ADDRESS leads nowhere.
     """
-    for name, value in ENVIRONMENT.items():
+    waiting = {"TUNE_MAX_PENDING_TRIALS_PG": str(max(2, resources.concurrent))}  # an autoscaler adds machines for those that it sees wait
+    for name, value in (ENVIRONMENT | waiting).items():
         os.environ.setdefault(name, value)
     if len(tempfile.gettempdir()) > 40:  # Ray's socket paths must stay below 107 bytes
         os.environ.setdefault("RAY_TMPDIR", "/tmp")

@@ -143,8 +143,6 @@ class MlflowTracker:
             metrics = metrics + result_metrics(trial.result, steps, trial.ended_ms or 0)
             # what was searched comes last: MLflow takes no parameter with another value
             params = flat(trial.result["config"]) | trial_params(self._cells[trial.cell], trial)
-                self._cells[trial.cell], trial
-            )  # MLflow takes no parameter with another value
         if (trial.phase, trial.outcome) == ("confirm", "finished"):
             for file in (self._folder / "trials" / trial.trial_key / name for name in KEPT):
                 if file.is_file():

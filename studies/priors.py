@@ -265,7 +265,7 @@ def _row(pair: Pair) -> dict[str, Any]:
 
 def _head(facts: Mapping[str, Any]) -> list[str]:
     told, where = facts["settings"], facts["machine"]
-    cut = f"**Cut short: {told['trials']} of {PLANNED} cold trials. No optimum to speak of: what follows shows the tool, and settles nothing.**"
+    cut = f"**Cut short: {told['trials']} of {PLANNED} cold trials. What follows shows the tool, and settles nothing.**"
     return [
         "# Priors carried on, one domain left out",
         "",

@@ -251,6 +251,7 @@ def _work(study: Study) -> str | None:
         _check_reach(study.places)
         checkpoint = study.pretrain()
         conductor = study.conductor()
+        conductor.catch_up()
         with _stopping_gently(conductor):
             run_cells(conductor, places=study.places, pretrained=checkpoint)
         return conductor.stopping

