@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from studies.cells import Cell
 from studies.plan import Plan
-from studies.warm_start import noted_priors
+from studies.warm_start import noted_cost
 
 GIVEN = ("search_trials_given", "confirm_trials_given", "epochs_given")  # what must be equal for arms to be compared fairly
 
@@ -21,7 +21,7 @@ def cell_ledger(plan: Plan, cell: Cell) -> dict[str, float]:
     journal, counts, spent = plan.journal, plan.journal.counts(), plan.journal.spent()
     begun = {phase: sum(n for (name, of, _), n in counts.items() if (name, of) == (cell.name, phase)) for phase in ("search", "confirm")}
     epochs, seconds = (sum(column) for column in zip((0, 0.0), *(spent.get((cell.name, phase), (0, 0.0)) for phase in begun), strict=True))
-    priors = noted_priors(journal, cell.name)
+    prior_trials, prior_epochs = noted_cost(journal, cell.name)
     return {
         "search_trials_given": cell.search_trials,
         "search_trials_used": begun["search"],
@@ -34,8 +34,8 @@ def cell_ledger(plan: Plan, cell: Cell) -> dict[str, float]:
         "epochs_used": epochs,
         "seconds": round(seconds, 3),
         "gpu_hours": round(seconds * plan.gpus / 3600, 6),
-        "prior_trials": sum({prior.origin: prior.trials for prior in priors if "blend" not in prior.origin}.values()),
-        "prior_epochs": sum({prior.origin: prior.epochs for prior in priors if "blend" not in prior.origin}.values()),
+        "prior_trials": prior_trials,
+        "prior_epochs": prior_epochs,
     }
 
 

@@ -22,13 +22,14 @@ from mmm4rec.data.domain import write_atomically
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import code_version
 from studies.cells import Cell, Source, build_cells
-from studies.conductor import Conductor, failure_kind
+from studies.conductor import Conductor, failure_kind, read_curve
 from studies.domains import make_domains
 from studies.engine import run_cells, run_config, start_ray
 from studies.files import tidy
 from studies.ledger import cell_ledger
 from studies.mlflow_store import store_uri
 from studies.mlflow_tracker import MlflowTracker
+from studies.outbox import NotWritten
 from studies.places import Places
 from studies.plan import Plan
 from studies.pretrain import pretrain, pretrain_config
@@ -75,6 +76,12 @@ class Study:
             facts = {"sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest()[:16]}
             settle(self.plan.journal, {CHECKPOINT: facts}, self.plan.cells, self.accept)
         return checkpoint
+
+    def tell_pretraining(self) -> None:
+        """Tell MLflow of a pre-training that has ended: it may have been away when it did."""
+        out = self.folder / "pretrain"
+        if (out / "result.json").is_file():
+            self.tracker.pretraining(read_curve(out), json.loads((out / "result.json").read_text(encoding="utf-8")))
 
     def conductor(self) -> Conductor:
         """What hands out this study's trials."""
@@ -233,10 +240,15 @@ def run_study(spec: Spec, out: Path, *, data: Path | None, accept: Accept = refu
         journal.heard("stop")  # of an earlier driver
         for key in journal.untracked():
             study.tracker.trial(key)
+        study.tell_pretraining()
         stopped = None if study.plan.done() else _work(study)
         for name, cell in study.plan.cells.items():
             study.tracker.ledger(name, cell_ledger(study.plan, cell))
-        study.tracker.flush()
+        try:
+            study.tracker.flush()
+        except NotWritten as error:
+            print(f"error: {error}")
+            return 1
         if not study.plan.done():
             print(f"Stopped: {stopped or 'interrupted'}. The same command, or --resume, goes on from here.")
             return 1
@@ -294,7 +306,7 @@ def _report(study: Study) -> int:
     study.tracker.flush()
     table = write_tables(folder, uri=study.spec.stores.filled().mlflow)
     if (stands := str(len(journal.trials()))) != journal.fact("reported"):
-        study.tracker.finish([path for name in ("tables", "figures") if (path := folder / name).exists()])
+        study.tracker.finish([path for name in ("tables", "figures", "spec.yaml") if (path := folder / name).exists()])
         journal.replace("reported", stands)
     shutil.rmtree(folder / "ray", ignore_errors=True)
     for trial in journal.trials(outcome="failed"):
@@ -302,7 +314,8 @@ def _report(study: Study) -> int:
     print(f"\n{table.to_markdown()}")
     print((folder / "tables" / "ledger.md").read_text(encoding="utf-8"))
     print(f"Test metrics of the confirm trials, mean ± sd over seeds. Tables: {folder / 'tables'}. Figures: {folder / 'figures'}.")
-    print(f"Every trial in MLflow: mlflow ui --backend-store-uri {study.spec.stores.mlflow or store_uri(folder)}")
+    store = study.spec.stores.mlflow or store_uri(folder)
+    print(f"Every trial in MLflow: {store if store.startswith('http') else f'mlflow ui --backend-store-uri {store}'}")
     finished = {name: sum(t.outcome == "finished" for t in journal.trials(name, "confirm")) for name in study.plan.cells}
     wanted = {name: cell.confirm_seeds for name, cell in study.plan.cells.items()}
     short = [f"{name} ({finished[name]} of {wanted[name]})" for name in wanted if finished[name] < wanted[name]]

@@ -29,7 +29,8 @@ def test_a_resumed_trial_tells_every_epoch(
     told: list[int] = []
     monkeypatch.setattr(engine.tune, "report", lambda metrics: told.append(json.loads(metrics["message"])["row"]["epoch"]))
     training = {"epochs": 4, "batch_size": 64, "accumulation": 1}
-    plain = {"data": {"domains": [str(make_domain().path)]}, "model": TINY_MODEL, "training": training, "device": "cpu"}
+    domain = make_domain()
+    plain = {"data": {"domains": [str(domain.path)]}, "model": TINY_MODEL, "training": training, "device": "cpu"}
     config = from_dict(RunConfig, plain, source="test")
     out = tmp_path / "trial"
     reports = execute(config, out)
@@ -38,6 +39,7 @@ def test_a_resumed_trial_tells_every_epoch(
     lines = (out / "curve.jsonl").read_text().splitlines(keepends=True)
     (out / "curve.jsonl").write_text("".join(lines[:lines_in_the_curve]))
     trial = {"cpus": 1, "gpus": 0, "out": str(out), "run": to_dict(config), "halvings": 0}
+    trial["domains"] = [(str(domain.path), domain.fingerprint)]
     engine.run_trial(trial)
     assert told == [1, 2, 3, 4]
     engine.run_trial(trial)
