@@ -220,8 +220,9 @@ def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None =
         if table.rows:
             for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
                 (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")
-    with (folder / "tables" / "ledger.md").open("a", encoding="utf-8") as file:
-        file.write(budget_warning(cells))
+    if warning := budget_warning(cells):
+        with (folder / "tables" / "ledger.md").open("a", encoding="utf-8") as file:
+            file.write(warning)
     convergence(cells, folder / "figures")
     forest(effects, folder / "figures")
     return main
