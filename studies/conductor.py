@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -21,11 +21,13 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.at_once import smaller_blocks
 from mmm4rec.execute import execute
 from mmm4rec.run import Assembled, RunConfig
-from studies.mlflow_store import KEPT
+from studies.files import KEPT
 from studies.plan import Plan
 from studies.spec import Resources
 from studies.state import FailureKind, Trial, locked
-from studies.suggestions import Suggestions
+
+if TYPE_CHECKING:  # a trial's worker imports this module, and needs no Optuna
+    from studies.suggestions import Suggestions
 
 MOST_HALVINGS = 6  # of the blocks of a trial that ran out of memory: to 1/64
 

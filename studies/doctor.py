@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -213,7 +212,6 @@ def joined_ray(spec: Spec, findings: list[Finding]) -> Iterator[bool]:
     from studies.engine import start_ray
 
     try:
-        _reach_ray()
         start_ray(spec.resources, workers=spec.pretrain.workers if spec.pretrain and spec.pretrain.sources else 1)
     except BadInput as error:
         findings.append(Finding("resources", "error", error.rule, error.remedy))
@@ -224,13 +222,6 @@ def joined_ray(spec: Spec, findings: list[Finding]) -> Iterator[bool]:
         yield ray.is_initialized()
     finally:
         ray.shutdown()
-
-
-def _reach_ray() -> None:
-    """Raise OSError where RAY_ADDRESS names a place that nothing listens on: Ray itself would wait for minutes."""
-    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=ANSWER_SECONDS).close()
 
 
 def _on_ray(spec: Spec, trials: Path | None, storage: str | None, sources: Mapping[str, Source], disk_bytes: int | None) -> list[Finding]:

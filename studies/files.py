@@ -8,6 +8,8 @@ from studies.places import Places
 from studies.state import Journal, Trial
 
 GB = 1e9
+RANKS = "ranks.parquet"  # a confirm trial's ranks by user: among its files, and as an artifact of its run
+KEPT = (RANKS, "best.safetensors")  # of a confirm trial: artifacts of its run
 
 
 def tidy(places: Places, journal: Journal, ended: Trial, *, disk_gb: float | None) -> None:

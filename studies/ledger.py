@@ -18,9 +18,9 @@ def cell_ledger(plan: Plan, cell: Cell) -> dict[str, float]:
     after a kill not counted; `tries_failed` are tries that were repeated or given up; `prior_*` is what searches elsewhere
     had cost whose best configs this one began with.
     """
-    journal, counts, spent = plan.journal, plan.journal.counts(), plan.journal.spent()
+    journal, counts, spent = plan.journal, plan.journal.counts(), plan.journal.spent(cell.name)
     begun = {phase: sum(n for (name, of, _), n in counts.items() if (name, of) == (cell.name, phase)) for phase in ("search", "confirm")}
-    epochs, seconds = (sum(column) for column in zip((0, 0.0), *(spent.get((cell.name, phase), (0, 0.0)) for phase in begun), strict=True))
+    epochs, seconds = (sum(column) for column in zip((0, 0.0), *(spent.get(phase, (0, 0.0)) for phase in begun), strict=True))
     prior_trials, prior_epochs = noted_cost(journal, cell.name)
     return {
         "search_trials_given": cell.search_trials,

@@ -32,8 +32,6 @@ from requests.exceptions import RequestException
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # a traceback for every failure that we handle
 
-RANKS = "ranks.parquet"  # a confirm trial's ranks by user: among its files, and as an artifact of its run
-KEPT = (RANKS, "best.safetensors")  # of a confirm trial: artifacts of its run
 PAGE = 1000  # runs a search gives at most
 BUSY = (408, 429, 502, 503, 504)  # HTTP
 PASSING = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH)

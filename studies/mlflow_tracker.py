@@ -21,8 +21,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 
 from studies.cells import Cell, flat
+from studies.files import KEPT
 from studies.mlflow_facts import cell_facts, cell_tags, epoch_metrics, note, result_metrics, result_tags, trial_params
-from studies.mlflow_store import KEPT, fold_wal, is_away, is_database, open_store, search, shown, store_uri
+from studies.mlflow_store import fold_wal, is_away, is_database, open_store, search, shown, store_uri
 from studies.outbox import Outbox
 from studies.spec import Spec
 from studies.state import Journal, Report, Trial, now_ms

@@ -79,7 +79,7 @@ class Plan:
         """Whether the cell's search has used its GPU hours."""
         if self.budget.gpu_hours is None:
             return False
-        _, seconds = self.journal.spent().get((cell.name, "search"), (0, 0.0))
+        _, seconds = self.journal.spent(cell.name).get("search", (0, 0.0))
         return seconds * self.gpus / 3600 >= self.budget.gpu_hours
 
     def _open_phase(self, cell: Cell, counts: dict[tuple[str, str, str], int]) -> Phase | None:

@@ -292,13 +292,14 @@ class Journal:
         found = self._db.execute("SELECT cell, phase, outcome, count(*) FROM trials GROUP BY cell, phase, outcome")
         return {(cell, phase, outcome): count for cell, phase, outcome, count in found}
 
-    def spent(self) -> dict[tuple[str, str], tuple[int, float]]:
-        """Epochs, and their seconds, by (cell, phase)."""
+    def spent(self, cell: str) -> dict[str, tuple[int, float]]:
+        """A cell's epochs, and their seconds, by phase."""
         found = self._db.execute(
-            "SELECT cell, phase, sum(epoch > 0), sum(json_extract(row, '$.train_seconds') + json_extract(row, '$.valid_seconds'))"
-            " FROM trials JOIN reports USING (trial_key) GROUP BY cell, phase"
+            "SELECT phase, sum(epoch > 0), sum(json_extract(row, '$.train_seconds') + json_extract(row, '$.valid_seconds'))"
+            " FROM trials JOIN reports USING (trial_key) WHERE cell = ? GROUP BY phase",
+            (cell,),
         )
-        return {(cell, phase): (epochs, seconds) for cell, phase, epochs, seconds in found}
+        return {phase: (epochs, seconds) for phase, epochs, seconds in found}
 
     def set_chosen(self, cell: str, trial: Trial) -> None:
         told = (trial.trial_key, json.dumps(trial.config), cell)

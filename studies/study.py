@@ -135,7 +135,7 @@ def open_study(
             cells, warnings = build_cells(whole, sources)
             for warning in warnings:
                 say(f"warning: {warning}")
-            _settle_all(journal, spec, cells, sources, folder, accept)
+            _settle_all(journal, spec, cells, sources, places, accept)
             _write_spec(whole, folder)
             tracker = MlflowTracker(folder, whole, cells, journal.path, stores.mlflow)
             tracker.start()
@@ -174,7 +174,9 @@ def additions(journal: Journal) -> list[dict[str, Any]]:
     return json.loads(journal.fact("additions") or "[]")
 
 
-def _settle_all(journal: Journal, spec: Spec, cells: tuple[Cell, ...], sources: Mapping[str, Source], folder: Path, accept: Accept) -> None:
+def _settle_all(
+    journal: Journal, spec: Spec, cells: tuple[Cell, ...], sources: Mapping[str, Source], places: Places, accept: Accept
+) -> None:
     facts: dict[str, dict[str, Any]] = {"spec": {key: value for key, value in to_dict(spec).items() if key not in UNPINNED}}
     facts[CODE] = {"version": code_version()}
     if spec.pretrain is not None and spec.pretrain.sources:
@@ -182,18 +184,37 @@ def _settle_all(journal: Journal, spec: Spec, cells: tuple[Cell, ...], sources: 
         config["data"]["domains"] = {name: [sources[name].fingerprint, sources[name].features] for name in spec.pretrain.sources}
         facts[PRETRAINING] = {key: value for key, value in config.items() if key != "device"}
     facts |= {f"cell {cell.name}": _cell_facts(cell) for cell in cells}
-    changed = settle(journal, facts, {cell.name: cell for cell in cells}, accept)
-    if PRETRAINING in changed and (folder / "pretrain").exists():
-        (folder / "pretrain").rename(folder / f"pretrain.superseded_{now_ms()}")
+    settle(
+        journal, facts, {cell.name: cell for cell in cells}, accept, lambda changed: _set_aside(places) if PRETRAINING in changed else None
+    )
     for name in set(journal.cell_names()) - {cell.name for cell in cells}:
-        journal.supersede(name)
+        if journal.trials(name):
+            journal.supersede(name)
     journal.add_cells([cell.name for cell in cells])
 
 
-def settle(journal: Journal, facts: Mapping[str, dict[str, Any]], cells: Mapping[str, Cell], accept: Accept) -> set[str]:
+def _set_aside(places: Places) -> None:
+    """Move an earlier pre-training away; a kill in between leaves less to move to the next start."""
+    aside = places.folder / f"pretrain.superseded_{now_ms()}"
+    if (places.folder / "pretrain").exists():
+        (places.folder / "pretrain").rename(aside)
+    if places.storage is not None:
+        place = places.storage.sub("pretrain")
+        place.pull(aside)
+        place.delete()
+
+
+def settle(
+    journal: Journal,
+    facts: Mapping[str, dict[str, Any]],
+    cells: Mapping[str, Cell],
+    accept: Accept,
+    before: Callable[[set[str]], None] = lambda changed: None,
+) -> None:
     """Note the facts that a study's numbers rest on. Where they were others, ask; then set aside what rests on the old ones.
 
-    Returns the keys that changed. Raises BadInput, with the differences, where the change is not accepted.
+    Args: before: hears which keys have changed, before they are noted. Raises BadInput, with the differences, where the
+    change is not accepted.
     """
     changes = {key: text for key, told in facts.items() if (text := journal.change(key, told))}
     if changes:
@@ -201,12 +222,12 @@ def settle(journal: Journal, facts: Mapping[str, dict[str, Any]], cells: Mapping
         if not accept(text):
             remedy = "Accept the changes with --yes (what rests on them begins anew, nothing is deleted), or give the study another name."
             raise BadInput(f"was begun with another {text}", file=journal.path, remedy=remedy)
+        before(set(changes))
     with journal.transaction():
         for key in changes:
             _supersede(journal, key, facts[key], cells)
         for key, told in facts.items():
             journal.pin(key, told)
-    return set(changes)
 
 
 def _supersede(journal: Journal, key: str, now: Mapping[str, Any], cells: Mapping[str, Cell]) -> None:

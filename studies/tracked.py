@@ -23,7 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from mmm4rec.errors import BadInput
 from mmm4rec.tracking import mlflow_name
-from studies.mlflow_store import RANKS, open_store, search, shown, store_uri
+from studies.files import RANKS
+from studies.mlflow_store import open_store, search, shown, store_uri
 from studies.state import Journal
 
 METRICS = ("hit@10", "hit@20", "hit@50", "ndcg@10", "ndcg@20", "ndcg@50", "mrr")

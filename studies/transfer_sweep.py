@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if __package__ in (None, "") and (Path(__file__).resolve().parent / "study.py").is_file():  # run as a file of the repository:
@@ -22,8 +23,6 @@ if __package__ in (None, "") and (Path(__file__).resolve().parent / "study.py").
 
 from mmm4rec.errors import BadInput
 from studies.spec import Spec, add_arguments, load_spec, on_domains
-
-COMMANDS = ("run", "status", "stop", "add")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Run a transfer study: pre-training, a search in every cell (domain × arm), confirmation, tables.",
         epilog="Example: python studies/transfer_sweep.py --spec demo --out results",
     )
-    parser.add_argument("command", nargs="?", choices=COMMANDS, default="run", help="default: run")
+    parser.add_argument("command", nargs="?", choices=tuple(_COMMANDS), default="run", help="default: run")
     add_arguments(parser)
     parser.add_argument(
         "--on", nargs="+", metavar="NAME", help="run the spec's arms on these folders under --data instead: raw ones, or prepared domains"
@@ -93,7 +92,7 @@ def _add(spec: Spec, told: argparse.Namespace) -> int:
 _COMMANDS = {"run": _run, "status": _status, "stop": _stop, "add": _add}
 
 
-def _asker(*, yes: bool):  # type: ignore[no-untyped-def]
+def _asker(*, yes: bool) -> Callable[[str], bool]:
     """What accepts changes: --yes, or the user at a terminal."""
 
     def accept(text: str) -> bool:

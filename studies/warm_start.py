@@ -114,5 +114,5 @@ def _best(journal: Journal, name: str, space: Space, place: str) -> Prior | None
     if not trials:
         return None
     best = max(trials, key=lambda trial: (values[trial.trial_key], -trial.number))
-    epochs, _ = journal.spent().get((name, "search"), (0, 0.0))
+    epochs, _ = journal.spent(name).get("search", (0, 0.0))
     return Prior(within(space, best.config), f"warm start: {place} search {best.number}", len(trials), epochs)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -359,3 +361,29 @@ def test_on_a_new_head_the_study_goes_on_from_the_storage(out: Path, tmp_path: P
         opened(tmp_path / "else", spec(stores={"storage": str(tmp_path / "none")}), resume=True),
     ):
         pass
+
+
+def test_a_changed_pre_training_is_set_aside_here_and_on_the_storage(out: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    plain = {"sources": ["bazaar"], "training": {"epochs": 1}}
+    told = {"arms": {"pretrained": {"init": "pretrained"}}, "cells": [{"domains": ["attic"], "arms": ["pretrained"]}]}
+    told |= {"stores": {"storage": str(shared)}}
+    with opened(out, spec(pretrain=plain, **told)) as study:
+        for place in (study.folder, shared / "tiny"):
+            (place / "pretrain").mkdir(parents=True)
+            (place / "pretrain" / "last.ckpt").write_text(place.name)
+    changed = spec(pretrain={**plain, "training": {"epochs": 2}}, **told)
+    with pytest.raises(BadInput, match="training.epochs: 1 then, 2 now"), opened(out, changed):
+        pass
+    assert (out / "tiny" / "pretrain" / "last.ckpt").exists()
+    with opened(out, changed, accept=lambda text: True) as study:
+        assert not (study.folder / "pretrain").exists()
+        assert not (shared / "tiny" / "pretrain" / "last.ckpt").exists()
+        (aside,) = study.folder.glob("pretrain.superseded_*")
+        assert (aside / "last.ckpt").exists()
+
+
+def test_a_trials_worker_imports_neither_optuna_nor_mlflow() -> None:
+    code = "import sys, studies.engine; print([name for name in ('optuna', 'mlflow') if name in sys.modules])"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert told.stdout.strip() == "[]"
