@@ -373,7 +373,7 @@ def test_a_changed_pre_training_is_set_aside_here_and_on_the_storage(out: Path, 
             (place / "pretrain").mkdir(parents=True)
             (place / "pretrain" / "last.ckpt").write_text(place.name)
     changed = spec(pretrain={**plain, "training": {"epochs": 2}}, **told)
-    with pytest.raises(BadInput, match="training.epochs: 1 then, 2 now"), opened(out, changed):
+    with pytest.raises(BadInput, match=r"training\.epochs: 1 then, 2 now"), opened(out, changed):
         pass
     assert (out / "tiny" / "pretrain" / "last.ckpt").exists()
     with opened(out, changed, accept=lambda text: True) as study:
