@@ -214,7 +214,7 @@ def joined_ray(spec: Spec, findings: list[Finding]) -> Iterator[bool]:
     try:
         start_ray(spec.resources, workers=spec.pretrain.workers if spec.pretrain and spec.pretrain.sources else 1)
     except BadInput as error:
-        findings.append(Finding("resources", "error", error.rule, error.remedy))
+        findings.append(Finding("Ray", "error", error.rule, error.remedy))
     except (OSError, RuntimeError, ValueError) as error:
         remedy = "Start it with `ray up`, correct RAY_ADDRESS, or unset it for this machine alone."
         findings.append(Finding("Ray", "error", f"cannot be joined: {error}", remedy))
