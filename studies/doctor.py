@@ -71,7 +71,7 @@ def fill_stores(stores: Stores) -> tuple[Stores, list[Finding]]:
 
 def check_folder(folder: Path) -> list[Finding]:
     """The study's own place: writable, and on a disk that sqlite can trust."""
-    from studies.storage import network_filesystem
+    from studies.mounts import network_filesystem
 
     place = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):

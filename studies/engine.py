@@ -36,7 +36,8 @@ from studies.conductor import Conductor, run_trial_files
 from studies.places import Places, domain_here, scratch, weights_here
 from studies.spec import Resources
 from studies.state import FailureKind, Trial
-from studies.storage import Storage, trial_folder
+from studies.storage import Storage
+from studies.trial_folder import trial_folder
 
 log = logging.getLogger(__name__)
 

@@ -63,10 +63,11 @@ def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
 
 def epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) -> list[Metric]:
     """An epoch's metrics at its optimizer step; `seconds` is the trial's time up to here."""
-    values: dict[str, float] = {"epoch": row["epoch"], "seconds": seconds}
+    values: dict[str, float] = {"seconds": seconds}
     if row["train_loss"] is not None:
         values["train loss"] = row["train_loss"]
     values |= {f"valid {name}": value for name, value in row["valid"].items()}
+    values["epoch"] = row["epoch"]  # written last: where it stands, all of them do
     return [Metric(mlflow_name(name), float(value), timestamp_ms, row["optimizer_steps"]) for name, value in values.items()]
 
 

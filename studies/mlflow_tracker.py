@@ -64,6 +64,10 @@ class MlflowTracker:
         self._cells = given if given.keys() >= self._cells.keys() else self._cells | given
         self.baseline()
 
+    def catch_up(self) -> None:
+        """Set aside the runs of trials that the journal does not know: it may come from a snapshot, and a server is ahead of it then."""
+        self._outbox.put("strangers", self._set_strangers_aside)
+
     def trial(self, trial_key: str) -> None:
         """Something is new about this trial."""
         self._outbox.put(("trial", trial_key), partial(self._mirror, trial_key))
@@ -122,13 +126,17 @@ class MlflowTracker:
             self._over(trial)
             return
         run, reports = self._trial_run(trial, may_exist=trial_key in left_over), self._journal.reports(trial_key)
+        logged = self._logged.get(trial_key)
+        params = trial_params(self._cells[trial.cell], trial) if logged is None else {}
+        if logged is None:
+            there = {metric.step for metric in self._client.get_metric_history(run, "epoch")} if trial_key in left_over else set()
+            logged = sum(report.row["optimizer_steps"] in there for report in reports)
         seconds = 0.0
         metrics: list[Metric] = []
         for place, report in enumerate(reports):
             seconds += report.row["train_seconds"] + report.row["valid_seconds"]
-            if place >= self._logged.get(trial_key, 0):
+            if place >= logged:
                 metrics += epoch_metrics(report.row, seconds, report.reported_ms)
-        params = {} if trial_key in self._logged else trial_params(self._cells[trial.cell], trial)
         if trial.outcome == "running":
             self._write(run, metrics=metrics, params=params)
             self._logged[trial_key] = len(reports)
@@ -231,6 +239,12 @@ class MlflowTracker:
             elif phase in ("search", "confirm") and key in trials and trials[key].outcome == "running":
                 continue
             else:
+                self._set_aside(run, None)
+
+    def _set_strangers_aside(self) -> None:
+        known = {trial.trial_key for trial in self._journal.trials()}
+        for run in search(self._client, [self._experiment], "tags.`mmm4rec.outcome` != 'superseded'"):
+            if run.data.tags.get("mmm4rec.trial_key", "") not in {*known, ""}:
                 self._set_aside(run, None)
 
     def _set_aside(self, run: Run, ended_ms: int | None) -> None:

@@ -8,14 +8,19 @@ weights there, which each node copies to its own disk once.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmm4rec.errors import BadInput
 from studies.cells import Source
-from studies.storage import Storage, local_copy
+from studies.mounts import network_filesystem
+from studies.state import locked
+from studies.storage import Storage
 
 WEIGHTS = "best.safetensors"
 
@@ -89,3 +94,61 @@ def weights_here(place: str) -> str:
     if not (here / WEIGHTS).is_file():
         Storage(f"{parent}/{digest}").pull(here, [WEIGHTS])
     return str(here / WEIGHTS)
+
+
+def local_copy(source: str, fingerprint: str, cache: Path) -> Path:
+    """The domain at `source` as a folder on this node: itself where its disk is local, else a copy, made once a node.
+
+    Args: source: path or URI of a domain folder; fingerprint: the domain's; cache: a folder on this node's disk.
+
+    The copy is cache/<fingerprint>-<digest of its features' descriptions>: features may be encoded anew while the
+    fingerprint stays, and a running trial goes on with those that it opened.
+    Raises BadInput where there is no domain, or another one.
+    """
+    storage = Storage(source)
+    if storage.path is not None and storage.path.is_dir() and network_filesystem(storage.path) is None:
+        _check_domain(storage, fingerprint)
+        return storage.path
+    key = f"{fingerprint}-{_features_digest(storage)}"
+    if not (cache / key).exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache / f".{key}.lock", wait=True):
+            if not (cache / key).exists():
+                _fill(cache / key, storage, fingerprint)
+    return cache / key
+
+
+def _fill(place: Path, storage: Storage, fingerprint: str) -> None:
+    """Make `place` a copy of the domain, whole or not at all. Needs its lock."""
+    part = place.with_name(f".{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        _check_domain(storage, fingerprint)
+        names = sorted(storage.names(), key=lambda name: (name == "domain.json", name))
+        storage.pull(part, names)
+        copy = Storage(str(part))
+        _check_domain(copy, fingerprint, shown=storage.uri)
+        if f"{fingerprint}-{_features_digest(copy)}" != place.name:
+            raise BadInput("changed while it was copied.", file=storage.uri, remedy="Start again when its features are encoded.")
+        part.replace(place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _check_domain(storage: Storage, fingerprint: str, shown: str | None = None) -> None:
+    text = storage.read("domain.json")
+    if text is None:
+        remedy = "Put the domains where every node finds them: on the storage."
+        raise BadInput("is no domain that this node can see: there is no domain.json.", file=shown or storage.uri, remedy=remedy)
+    found = json.loads(text).get("fingerprint")
+    if found != fingerprint:
+        rule = f"has the fingerprint {found}; the study was begun with {fingerprint}."
+        raise BadInput(rule, file=shown or storage.uri, remedy="Put the domain there that the study began with, or start a new study.")
+
+
+def _features_digest(storage: Storage) -> str:
+    features, digest = storage.sub("features"), hashlib.sha256()
+    for name in features.names():
+        if name.endswith(".json"):
+            digest.update(name.encode() + b"\0" + (features.read(name) or b"") + b"\0")
+    return digest.hexdigest()[:8]

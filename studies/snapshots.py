@@ -10,13 +10,14 @@ journal is filled up from it. A copy that is *ahead* is not harmless: MLflow wou
 remembers, RUNNING for ever, and epochs twice, with two times. So
 
 1. MLflow and Optuna are copied first, then the journal: each copy knows no more than the journal's copy.
-2. Pushed are spec.yaml and pretrain/ (the journal pins the hash of that checkpoint: without the file the study could
+2. Pushed are spec.yaml, tables/, figures/ and pretrain/ (the journal pins the hash of that checkpoint: without the file the study could
    not go on), then the journal, then Optuna, artifacts/ (MLflow's runs name them), and MLflow last.
 
 Between any two of these puts the storage therefore holds a journal that is level with MLflow and Optuna or ahead of
 them, and every file that they name. The journal also notes what stands in MLflow; `restore` takes that back, for it
 may be more than the copy of MLflow holds, and the tracker writes again what is there already without a change.
-(An MLflow server or PostgreSQL has no part in this: it is ahead of a restored journal by up to one snapshot.)
+(An MLflow server or PostgreSQL has no part in this and is ahead of a restored journal by up to one snapshot: the tracker
+sets runs of trials that the journal does not know aside, and leaves epochs that stand there as they are.)
 
 A database is never opened here but by sqlite: closing any other handle on it would drop the locks of this process.
 """
@@ -38,11 +39,12 @@ from pathlib import Path
 from typing import Any
 
 from mmm4rec.errors import BadInput
-from studies.state import locked, now_ms
+from studies.state import Journal, locked, now_ms
 from studies.storage import Storage
 
 JOURNAL, OPTUNA, MLFLOW = "study.sqlite3", "optuna.sqlite3", "mlflow.db"
 PRETRAIN = ("last.ckpt", "best.safetensors", "curve.jsonl", "result.json")  # in this order
+REPORT = ("tables", "figures")  # folders
 SNAPSHOT = "snapshot"  # the place on the storage
 LEASE = "driver.json"
 RENEW_SECONDS, EXPIRE_SECONDS, SETTLE_SECONDS = 20.0, 90.0, 2.0
@@ -75,7 +77,8 @@ class Snapshots:
             copies.mkdir()
             try:
                 changed = {name: version for name in (MLFLOW, OPTUNA, JOURNAL) if (version := self._copy(name, copies)) is not None}
-                self._push_files(["spec.yaml", *(f"pretrain/{name}" for name in PRETRAIN)])
+                report = [name for part in REPORT for name in _below(self._folder, part)]
+                self._push_files(["spec.yaml", *report, *(f"pretrain/{name}" for name in PRETRAIN)])
                 for name in (JOURNAL, OPTUNA, MLFLOW):
                     if name == MLFLOW:
                         self._push_files(_below(self._folder, "artifacts"))
@@ -156,21 +159,19 @@ def restore(folder: Path, storage: Storage) -> bool:
     part = folder / ".restore"
     shutil.rmtree(part, ignore_errors=True)
     place.pull(part, [JOURNAL])
-    _forget_tracking(part / JOURNAL)
+    _check_sound(part / JOURNAL)
+    with closing(Journal(part / JOURNAL)) as journal:
+        journal.track_again()  # the copy of MLflow may know less than this journal says it does
     (part / JOURNAL).replace(folder / JOURNAL)
     shutil.rmtree(part)
     return True
 
 
-def _forget_tracking(journal: Path) -> None:
-    """Let the tracker write everything again: the copy of MLflow may know less than this journal says it does."""
+def _check_sound(journal: Path) -> None:
+    """Raise BadInput where the file is no sound database."""
     try:
         with closing(sqlite3.connect(journal, isolation_level=None)) as db:
-            db.execute("PRAGMA journal_mode = DELETE")  # no second file beside it
             verdict = db.execute("PRAGMA quick_check").fetchone()[0]
-            if verdict == "ok":
-                db.execute("UPDATE trials SET tracked = 0")
-                db.execute("DELETE FROM study WHERE key = 'reported'")
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict != "ok":

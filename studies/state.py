@@ -223,6 +223,12 @@ class Journal:
     def set_tracked(self, trial_key: str) -> None:
         self._db.execute("UPDATE trials SET tracked = 1 WHERE trial_key = ?", (trial_key,))
 
+    def track_again(self) -> None:
+        """Forget what stands in MLflow: the tracker then writes everything again, which changes nothing that is there."""
+        with self.transaction():
+            self._db.execute("UPDATE trials SET tracked = 0")
+            self._db.execute("DELETE FROM study WHERE key = 'reported'")
+
     def trial(self, trial_key: str) -> Trial:
         (trial,) = self._trials("WHERE trial_key = ?", (trial_key,))
         return trial

@@ -12,16 +12,11 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
-import json
 import os
-import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -31,20 +26,12 @@ import pyarrow as pa
 from pyarrow import fs
 
 from mmm4rec.errors import BadInput
-from studies.state import locked
 
 OBJECT_STORES = ("s3", "gs")
 MAPPED_BYTES = 64 << 20  # a longer file is mapped, not read, when it is pushed
 BLOCK_BYTES = 8 << 20
 TRIES = 5  # at a file that is replaced while it is read
 STALE_PART_SECONDS = 3600.0  # what a kill left half written is removed after so long
-PUSH_FIRST, PUSH_LAST = ("last.ckpt", "best.safetensors"), ("curve.jsonl", "result.json")
-
-# Types of mounts that other machines write to, as the kernel names them; so is every fuse.* but those of LOCAL_FUSE.
-NETWORK_TYPES = frozenset(
-    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "afs", "orangefs", "9p", "wekafs", "panfs"}
-)
-LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.mergerfs", "fuse.bindfs", "fuse.lxcfs", "fuse.gocryptfs", "fuse.encfs"})
 
 
 class Storage:
@@ -76,7 +63,7 @@ class Storage:
         Without names: all files below it, but for locks and half-written ones; one that vanishes meanwhile is left out.
         Raises FileNotFoundError where a named file is missing, OSError where the storage refuses.
         """
-        for name in _files(folder) if names is None else names:
+        for name in files_below(folder) if names is None else names:
             try:
                 content = _content(folder / _checked(name))
             except FileNotFoundError:
@@ -189,160 +176,6 @@ class Storage:
         raise OSError(f"{self.uri}: {name} was replaced {TRIES} times while it was read")
 
 
-@dataclass
-class TrialFolder:
-    """Where a trial works: `path` on this node; `keep()` makes what stands there outlive it."""
-
-    path: Path
-    _storage: Storage | None = None  # None: every node sees `path`
-    _pushed: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def keep(self) -> None:
-        """Push the files that changed since the last time; result.json last, for it says that the run is whole.
-
-        last.ckpt alone is enough to go on: whatever a kill leaves of the others is written anew from it.
-        Raises RuntimeError where another process has finished the trial meanwhile.
-        """
-        if self._storage is None:
-            return
-        now = _states(self.path)
-        if "result.json" not in self._pushed and self._storage.exists("result.json"):
-            raise RuntimeError(f"{self._storage.uri}: another process has finished this trial")
-        for name in sorted((name for name in now if now[name] != self._pushed.get(name)), key=_push_order):
-            self._storage.push(self.path, [name])
-            self._pushed[name] = now[name]
-
-
-@contextmanager
-def trial_folder(place: str, scratch: Path) -> Iterator[TrialFolder]:
-    """Where a trial works, held by one process at a time; another one waits until the holder ends.
-
-    Args: place: the trial's place on the storage; scratch: a folder on this node's disk, of this study alone.
-
-    In a folder the trial works in place, under a lock that all nodes see: on NFSv4, and NFSv3 with its lock service.
-    Where locks do not reach other nodes (`nolock`, `local_lock`, most FUSE mounts) a worker that outlives its driver
-    on another node may work beside the new one. Both write the same run, file by file and whole, so that work is done
-    twice and nothing is lost; `check_writable` finds a mount that refuses locks, not one that keeps them to itself.
-
-    In an object store the lock holds on this node only, with the same consequence. The trial works in
-    scratch/<last part of place>, filled with what the storage holds, which is the truth: what an earlier attempt left
-    there and did not push is dropped and computed again. A block that ends well is kept; scratch goes when
-    result.json is pushed, and stays otherwise.
-    """
-    storage = Storage(place)
-    if storage.path is not None:
-        storage.path.mkdir(parents=True, exist_ok=True)
-        with locked(storage.path / ".lock", wait=True):
-            yield TrialFolder(storage.path)
-        return
-    name = PurePosixPath(urlsplit(storage.uri).path).name
-    path = scratch / name
-    scratch.mkdir(parents=True, exist_ok=True)
-    with locked(scratch / f".{name}.lock", wait=True):  # beside the folder: a lock that is removed while others wait for it holds nobody
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir()
-        storage.pull(path)
-        folder = TrialFolder(path, storage, _states(path))
-        try:
-            yield folder
-            folder.keep()
-        finally:
-            if "result.json" in folder._pushed:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def local_copy(source: str, fingerprint: str, cache: Path) -> Path:
-    """The domain at `source` as a folder on this node: itself where its disk is local, else a copy, made once a node.
-
-    Args: source: path or URI of a domain folder; fingerprint: the domain's; cache: a folder on this node's disk.
-
-    The copy is cache/<fingerprint>-<digest of its features' descriptions>: features may be encoded anew while the
-    fingerprint stays, and a running trial goes on with those that it opened.
-    Raises BadInput where there is no domain, or another one.
-    """
-    storage = Storage(source)
-    if storage.path is not None and storage.path.is_dir() and network_filesystem(storage.path) is None:
-        _check_domain(storage, fingerprint)
-        return storage.path
-    key = f"{fingerprint}-{_features_digest(storage)}"
-    if not (cache / key).exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with locked(cache / f".{key}.lock", wait=True):
-            if not (cache / key).exists():
-                _fill(cache / key, storage, fingerprint)
-    return cache / key
-
-
-def _fill(place: Path, storage: Storage, fingerprint: str) -> None:
-    """Make `place` a copy of the domain, whole or not at all. Needs its lock."""
-    part = place.with_name(f".{place.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        _check_domain(storage, fingerprint)
-        names = sorted(storage.names(), key=lambda name: (name == "domain.json", name))
-        storage.pull(part, names)
-        copy = Storage(str(part))
-        _check_domain(copy, fingerprint, shown=storage.uri)
-        if f"{fingerprint}-{_features_digest(copy)}" != place.name:
-            raise BadInput("changed while it was copied.", file=storage.uri, remedy="Start again when its features are encoded.")
-        part.replace(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _check_domain(storage: Storage, fingerprint: str, shown: str | None = None) -> None:
-    text = storage.read("domain.json")
-    if text is None:
-        remedy = "Put the domains where every node finds them: on the storage."
-        raise BadInput("is no domain that this node can see: there is no domain.json.", file=shown or storage.uri, remedy=remedy)
-    found = json.loads(text).get("fingerprint")
-    if found != fingerprint:
-        rule = f"has the fingerprint {found}; the study was begun with {fingerprint}."
-        raise BadInput(rule, file=shown or storage.uri, remedy="Put the domain there that the study began with, or start a new study.")
-
-
-def _features_digest(storage: Storage) -> str:
-    features, digest = storage.sub("features"), hashlib.sha256()
-    for name in features.names():
-        if name.endswith(".json"):
-            digest.update(name.encode() + b"\0" + (features.read(name) or b"") + b"\0")
-    return digest.hexdigest()[:8]
-
-
-def network_filesystem(path: Path) -> str | None:
-    """The type of the mount that holds `path` where other machines write to it too (`nfs4`, `lustre`, `fuse.s3fs`, ...).
-
-    None for a local disk, and where the system does not tell. `path` need not exist.
-    """
-    try:
-        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
-    except OSError:
-        return None
-    kind = mount_type(path.resolve(), mountinfo)
-    is_network = kind in NETWORK_TYPES or (kind.startswith("fuse.") and kind not in LOCAL_FUSE)
-    return kind if is_network else None
-
-
-def mount_type(path: Path, mountinfo: str) -> str:
-    """The file system type of the mount that holds `path`: the longest mount point wins, and the later of two equal ones."""
-    longest, kind = -1, ""
-    for line in mountinfo.splitlines():
-        before, dash, after = line.partition(" - ")
-        if dash:
-            point = re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), before.split(" ")[4])
-            if path.is_relative_to(point) and len(point) >= longest:
-                longest, kind = len(point), after.split(" ")[0]
-    return kind
-
-
-def refuse_network_disk(path: Path) -> None:
-    """Raise BadInput where sqlite files in `path` would lie on a network file system, whose locks sqlite cannot trust."""
-    kind = network_filesystem(path)
-    if kind is not None:
-        remedy = "Give a folder on a local disk with --out and the shared one with --storage, or a PostgreSQL URL for the stores."
-        raise BadInput(f"lies on a network file system ({kind}), where sqlite databases get corrupted.", file=path, remedy=remedy)
-
-
 def _parse(uri: str) -> tuple[str, Path | None]:
     parts = urlsplit(uri)
     if "://" not in uri:
@@ -375,25 +208,10 @@ def _is_hidden(name: str) -> bool:
     return last.startswith(".") and (last.endswith(".part") or last.endswith(".lock"))
 
 
-def _files(folder: Path) -> list[str]:
+def files_below(folder: Path) -> list[str]:
+    """The names of all files below a folder, sorted; without locks and half-written ones."""
     names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return sorted(name for name in names if not _is_hidden(name))
-
-
-def _states(folder: Path) -> dict[str, tuple[int, int]]:
-    """The time (ns) and size of each file below `folder`: what tells that it changed."""
-    states = {}
-    for name in _files(folder):
-        with suppress(FileNotFoundError):
-            state = (folder / name).stat()
-            states[name] = (state.st_mtime_ns, state.st_size)
-    return states
-
-
-def _push_order(name: str) -> tuple[int, int, str]:
-    if name in PUSH_FIRST:
-        return 0, PUSH_FIRST.index(name), name
-    return (2, PUSH_LAST.index(name), name) if name in PUSH_LAST else (1, 0, name)
 
 
 def _content(file: Path) -> bytes | pa.Buffer:

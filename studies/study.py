@@ -27,8 +27,9 @@ from studies.domains import make_domains
 from studies.engine import run_cells, run_config, start_ray
 from studies.files import tidy
 from studies.ledger import cell_ledger
-from studies.mlflow_store import store_uri
+from studies.mlflow_store import shown, store_uri
 from studies.mlflow_tracker import MlflowTracker
+from studies.mounts import refuse_network_disk
 from studies.outbox import NotWritten
 from studies.places import Places
 from studies.plan import Plan
@@ -38,7 +39,7 @@ from studies.snapshots import JOURNAL, Lease, Snapshots, restore
 from studies.space import walk
 from studies.spec import Spec, extended
 from studies.state import Journal, Trial, locked, now_ms
-from studies.storage import Storage, refuse_network_disk
+from studies.storage import Storage
 from studies.suggestions import Suggestions, sqlite_url
 from studies.tables import write_tables
 
@@ -130,6 +131,7 @@ def open_study(
         journal = Journal(folder / JOURNAL)
         try:
             journal.remember("begun_ms", str(now_ms()))
+            _settle_tracking(journal, stores.mlflow or "")
             whole = extended(spec, additions(journal))
             sources = make_domains(whole.domains, folder / "domains", data=data, seed=spec.seed)
             cells, warnings = build_cells(whole, sources)
@@ -167,6 +169,14 @@ def _kept(places: Places, *, resume: bool) -> Iterator[None]:
             yield
         finally:
             snapshots.close()
+
+
+def _settle_tracking(journal: Journal, uri: str) -> None:
+    """Let everything be written again where MLflow's store is another one than before."""
+    now, before = shown(uri, uri), journal.fact("tracked_in")
+    if before not in (None, now):
+        journal.track_again()
+    journal.replace("tracked_in", now)
 
 
 def additions(journal: Journal) -> list[dict[str, Any]]:
@@ -259,6 +269,7 @@ def run_study(spec: Spec, out: Path, *, data: Path | None, accept: Accept = refu
     with open_study(spec, out, data=data, accept=accept, resume=resume) as study:
         journal = study.plan.journal
         journal.heard("stop")  # of an earlier driver
+        study.tracker.catch_up()
         for key in journal.untracked():
             study.tracker.trial(key)
         study.tell_pretraining()

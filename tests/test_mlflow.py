@@ -312,6 +312,42 @@ def test_a_create_that_comes_late_leaves_no_second_run(folder: Path) -> None:
     assert {run.info.status for run in runs} == {"FINISHED", "FAILED", "KILLED"}
 
 
+@pytest.mark.slow
+def test_a_server_that_is_ahead_of_a_restored_journal_keeps_no_stranger_and_no_epoch_twice(folder: Path) -> None:
+    """A snapshot of the journal comes back: one trial's run has more epochs than it, another one's trial it does not know."""
+    journal = new_journal(folder)
+    trial = journal.start(SCRATCH, "search", 0, 0, {"training.learning_rate": 0.01})
+    add_epochs(journal, trial.trial_key, 1, 1)
+    journal.close()
+    snapshot = (folder / "study.sqlite3").read_bytes()
+    with closing(Journal(folder / "study.sqlite3")) as journal:
+        add_epochs(journal, trial.trial_key, 2, 3)
+        stranger = journal.start(SCRATCH, "confirm", 0, 10_000, {"training.learning_rate": 0.02})
+        add_epochs(journal, stranger.trial_key, 1, 3)
+        end(journal, folder, stranger.trial_key, 3)
+    with tracking(folder) as tracker:
+        for key in (trial.trial_key, stranger.trial_key):
+            tracker.trial(key)
+        tracker.flush()
+    before = {run[0]: run for run in facts(store_uri(folder))}
+    (folder / "study.sqlite3").write_bytes(snapshot)
+    time.sleep(0.01)  # the epochs that are told again have other times
+    with closing(Journal(folder / "study.sqlite3")) as journal:
+        add_epochs(journal, trial.trial_key, 2, 4)
+        end(journal, folder, trial.trial_key, 4)
+    with tracking(folder) as tracker:
+        tracker.catch_up()
+        tracker.trial(trial.trial_key)
+        tracker.finish([])
+    after = {run[0]: run for run in facts(store_uri(folder))}
+    name = "toys/scratch search 0"
+    assert [step for step, _, _ in after[name][5]["epoch"]] == [7, 14, 21, 28]
+    assert after[name][5]["epoch"][:3] == before[name][5]["epoch"]
+    assert [value for _, _, value in after[name][5]["seconds"]] == [3.0, 6.0, 9.0, 12.0]
+    assert ("mmm4rec.outcome", "superseded") in after["toys/scratch confirm 0"][3]
+    assert not any(cell.trials for cell in read_study(folder))
+
+
 def test_the_artifacts_tags_and_ledger_of_a_study_are_read_back(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = fill(folder)
     (folder / "tables").mkdir()

@@ -19,8 +19,11 @@ import pytest
 
 from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.errors import BadInput
-from studies import storage
-from studies.storage import Storage, local_copy, mount_type, network_filesystem, refuse_network_disk, trial_folder
+from studies import mounts, places, storage
+from studies.mounts import mount_type, network_filesystem, refuse_network_disk
+from studies.places import local_copy
+from studies.storage import Storage
+from studies.trial_folder import trial_folder
 
 DURABLE = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "write")  # the last: to a file that is open
 
@@ -291,6 +294,7 @@ def test_a_trial_on_an_object_store_goes_on_from_what_was_pushed(s3: str, tmp_pa
         folder.keep()
         fill(folder.path, "lost", ("last.ckpt", "extra"))
         raise KeyboardInterrupt
+    assert not (tmp_path / "t1").exists()
     first = ["last.ckpt", "best.safetensors", "curve.jsonl"]
     assert written == [*first, "last.ckpt", "curve.jsonl"]
     written.clear()
@@ -317,7 +321,7 @@ def test_a_worker_that_was_overtaken_pushes_nothing(s3: str, tmp_path: Path) -> 
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every disk is a network's."""
-    monkeypatch.setattr(storage, "network_filesystem", lambda path: "nfs4")
+    monkeypatch.setattr(places, "network_filesystem", lambda path: "nfs4")
 
 
 def test_a_domain_on_a_local_disk_is_its_own_copy(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
@@ -421,8 +425,8 @@ def test_a_path_is_on_the_mount_that_is_nearest(path: str, kind: str) -> None:
 def test_sqlite_on_a_network_disk_is_refused_and_on_this_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_network_disk(tmp_path)
     for kind, found in (("nfs4", "nfs4"), ("fuse.gcsfuse", "fuse.gcsfuse"), ("fuse.fuse-overlayfs", None), ("ext4", None)):
-        monkeypatch.setattr(storage, "mount_type", lambda path, mountinfo, kind=kind: kind)
+        monkeypatch.setattr(mounts, "mount_type", lambda path, mountinfo, kind=kind: kind)
         assert network_filesystem(tmp_path / "not there yet") == found
-    monkeypatch.setattr(storage, "mount_type", lambda path, mountinfo: "cifs")
+    monkeypatch.setattr(mounts, "mount_type", lambda path, mountinfo: "cifs")
     with pytest.raises(BadInput, match=r"network file system \(cifs\).*--storage"):
         refuse_network_disk(tmp_path)

@@ -175,7 +175,7 @@ def test_dead_stores_are_errors_without_their_passwords(tmp_path: Path) -> None:
 
 def test_sqlite_on_a_network_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert levels(check_folder(tmp_path / "a" / "b")) == ["ok"]
-    monkeypatch.setattr("studies.storage.network_filesystem", lambda path: "nfs4")
+    monkeypatch.setattr("studies.mounts.network_filesystem", lambda path: "nfs4")
     (finding,) = check_folder(tmp_path / "a" / "b")
     assert (finding.level, "nfs4" in finding.what) == ("error", True)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # what only names metrics, a command's --help for one, need not wait for torch
+    from torch import Tensor
 
 CUTOFFS = (10, 20, 50)
 
 
 def outranked(scores: Tensor, target: Tensor) -> Tensor:
     """What candidates add to a target's rank, [B]: those above it and half of its equals. scores [B, n], target [B, 1] its score."""
+    import torch
+
     above, equal = (compare(scores, target).sum(1, dtype=torch.int32) for compare in (torch.gt, torch.eq))
     return above + equal.double() / 2
 
