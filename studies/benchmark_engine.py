@@ -65,12 +65,10 @@ class DriverNote:
 
 def measure(out: Path, trials: int, machine: dict[str, Any]) -> str:
     """Run both studies, write benchmark_engine.json and .md into `out`; the Markdown."""
-    found = {
-        "machine": machine | {"cores": os.cpu_count()},
-        "real": in_fresh_process(run_real, REAL_TRIALS),
-        "sleeping": in_fresh_process(run_sleeping, trials),
-    }
-    write_atomically(out / "benchmark_engine.json", (json.dumps(found, indent=2) + "\n").encode())
+    found: dict[str, Any] = {"machine": machine | {"cores": os.cpu_count()}}
+    for name, part, size in (("real", run_real, REAL_TRIALS), ("sleeping", run_sleeping, trials)):
+        found[name] = in_fresh_process(part, size)
+        write_atomically(out / "benchmark_engine.json", (json.dumps(found, indent=2) + "\n").encode())
     text = table(found)
     write_atomically(out / "benchmark_engine.md", text.encode())
     return text

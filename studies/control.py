@@ -19,7 +19,7 @@ from studies.plan import Plan
 from studies.progress import clock
 from studies.spec import Spec, extended
 from studies.state import Journal, locked, now_ms
-from studies.study import additions, check
+from studies.study import check
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def status(spec: Spec, out: Path) -> str:
     """How the study stands: a line a cell (search and confirm trials, best so far), what runs, what failed, time left, disk."""
     folder = out / spec.study
     with _journal(spec, out) as journal:
-        cells = check(extended(spec, additions(journal)))
+        cells = check(extended(spec, journal.additions()))
         plan = Plan(journal, cells, spec.budget, spec.seed, warm=spec.warm_start_from, gpus=spec.resources.gpus)
         width = max(len(cell.name) for cell in cells)
         lines = [f"{'cell':{width}}  search   confirm  running  failed  best valid {spec.metric}"]
@@ -111,7 +111,7 @@ def add(spec: Spec, out: Path, *, data: Path | None, domains: Sequence[str], arm
     addition: dict[str, Any] = {"domains": list(domains), "arms": dict(map(_definition, arms)), "demo": own}
     folder = out / spec.study
     with _journal(spec, out) as journal:
-        whole = extended(spec, [*additions(journal), addition])
+        whole = extended(spec, [*journal.additions(), addition])
         check(whole)
         cells, warnings = build_cells(whole, make_domains(whole.domains, folder / "domains", data=data, seed=spec.seed))
         journal.add_addition(addition)

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if __package__ in (None, ""):  # run as a file: the repository's root, not studi
 
 from mmm4rec.errors import BadInput
 from studies.findings import Finding, exit_status, in_order, table
-from studies.spec import Resources, Spec, Stores, add_arguments, load_spec
+from studies.spec import Resources, Spec, Stores, add_arguments, extended, told_spec
 
 if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
     from studies.cells import Cell, Source
@@ -40,10 +40,11 @@ def examine(spec: Spec, out: Path, *, data: Path | None = None, storage: str | N
     from studies.study import check
 
     check(spec)
-    folder = out / spec.study
+    began, folder = spec, out / spec.study
+    spec = extended(spec, joined_since(folder))
     stores, findings = fill_stores(replace(spec.stores, storage=storage) if storage else spec.stores)
     trials = Storage(stores.storage).path if stores.storage else (folder / "trials").absolute()  # None: on each node's own disk
-    findings += [*check_folder(folder), *check_journal(spec, folder), *check_stores(stores)]
+    findings += [*check_folder(folder), *check_journal(began, folder), *check_stores(stores)]
     sources, more = check_domains(spec, folder, data)
     cells, warnings = build_cells(spec, {**_unprepared(spec), **sources})
     findings += [*more, *(Finding("cells", "warning", warning, "Look whether this is meant.") for warning in warnings)]
@@ -56,6 +57,19 @@ def examine(spec: Spec, out: Path, *, data: Path | None = None, storage: str | N
                 weights, more = measure_cells([cell for cell in cells if cell.name in weights], spec.resources)
                 findings += more
     return findings + cost_findings(_cost(spec, cells, weights), unprepared=len(cells) - len(weights))
+
+
+def joined_since(folder: Path) -> list[dict[str, Any]]:
+    """What joined the study after it had begun."""
+    from studies.state import Journal
+
+    if not (folder / "study.sqlite3").is_file():
+        return []
+    try:
+        with closing(Journal(folder / "study.sqlite3")) as journal:
+            return journal.additions()
+    except BadInput:
+        return []  # check_journal says why
 
 
 def fill_stores(stores: Stores) -> tuple[Stores, list[Finding]]:
@@ -299,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print the findings as a list")
     told = parser.parse_args(arguments)
     try:
-        findings = examine(load_spec(told.spec), told.out, data=told.data, storage=told.storage, measure=told.measure)
+        findings = examine(told_spec(told), told.out, data=told.data, storage=told.storage, measure=told.measure)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

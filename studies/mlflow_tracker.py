@@ -65,7 +65,10 @@ class MlflowTracker:
         self.baseline()
 
     def catch_up(self) -> None:
-        """Set aside the runs of trials that the journal does not know: it may come from a snapshot, and a server is ahead of it then."""
+        """Set aside the runs of cells that the spec has no more, and of trials that the journal does not know.
+
+        It may come from a snapshot, and a server is ahead of it then.
+        """
         self._outbox.put("strangers", self._set_strangers_aside)
 
     def trial(self, trial_key: str) -> None:
@@ -175,7 +178,8 @@ class MlflowTracker:
     def _cell_run(self, name: str) -> str:
         if ("cell", name) not in self._runs:
             run = self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=cell_tags(self._cells[name]), parent=self._study_run())
-            self._write(run, tags=self._cell_facts(name))
+            back = self._client.get_run(run).data.tags.get("mmm4rec.outcome") == "superseded"  # it had been taken out of the spec
+            self._write(run, tags=self._cell_facts(name) | ({"mmm4rec.outcome": "running"} if back else {}))
         return self._runs["cell", name]
 
     def _cell_facts(self, name: str) -> dict[str, str]:
@@ -244,7 +248,8 @@ class MlflowTracker:
     def _set_strangers_aside(self) -> None:
         known = {trial.trial_key for trial in self._journal.trials()}
         for run in search(self._client, [self._experiment], "tags.`mmm4rec.outcome` != 'superseded'"):
-            if run.data.tags.get("mmm4rec.trial_key", "") not in {*known, ""}:
+            phase, key = run.data.tags["mmm4rec.phase"], run.data.tags["mmm4rec.key"]
+            if (phase in ("search", "confirm") and key not in known) or (phase == "cell" and key not in self._cells):
                 self._set_aside(run, None)
 
     def _set_aside(self, run: Run, ended_ms: int | None) -> None:

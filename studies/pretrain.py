@@ -31,7 +31,7 @@ from studies.cells import Source
 from studies.conductor import read_curve, whole_lines
 from studies.mlflow_tracker import MlflowTracker
 from studies.places import Places, domain_here, scratch
-from studies.spec import Spec, add_arguments, load_spec
+from studies.spec import Spec, add_arguments, told_spec
 from studies.storage import Storage
 
 WATCH_SECONDS = 2.0
@@ -147,7 +147,8 @@ def _watch(place: Storage, tracker: MlflowTracker, over: threading.Event) -> Non
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 bad input."""
+    """Exit status: 0 done, 1 MLflow does not have all of it, 2 bad input."""
+    from studies.outbox import NotWritten
     from studies.study import open_study, start_ray
 
     parser = argparse.ArgumentParser(
@@ -156,11 +157,14 @@ def main(arguments: list[str] | None = None) -> int:
     add_arguments(parser)
     told = parser.parse_args(arguments)
     try:
-        spec = load_spec(told.spec)
+        spec = told_spec(told)
         with open_study(spec, told.out, data=told.data) as study:
             start_ray(spec.resources, workers=spec.pretrain.workers if spec.pretrain else 1)
             print(f"Checkpoint: {study.pretrain()}")
             study.tracker.flush()
+    except NotWritten as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -273,7 +273,16 @@ def extended(spec: Spec, additions: Sequence[Mapping[str, Any]]) -> Spec:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command on a study is told: --spec, --data, --out."""
+    """What every command on a study is told: --spec, --data, --out, --on; `told_spec` reads it."""
     parser.add_argument("--spec", default="demo", help="a spec's name (among studies/specs) or the path of a YAML file; default: demo")
     parser.add_argument("--data", type=Path, help="holds the raw folders that the spec prepares")
     parser.add_argument("--out", type=Path, default=Path("results"), help="gets a folder of the study's name; default: results")
+    parser.add_argument(
+        "--on", nargs="+", metavar="NAME", help="run the spec's arms on these folders under --data instead: raw ones, or prepared domains"
+    )
+
+
+def told_spec(told: argparse.Namespace) -> Spec:
+    """The spec that a command line names. Raises BadInput as `load_spec` and `on_domains` do."""
+    spec = load_spec(told.spec)
+    return on_domains(spec, told.on) if told.on else spec

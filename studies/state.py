@@ -178,10 +178,14 @@ class Journal:
     def heard(self, kind: str) -> None:
         self._db.execute("UPDATE requests SET heard_ms = ? WHERE kind = ? AND heard_ms IS NULL", (now_ms(), kind))
 
+    def additions(self) -> list[dict[str, Any]]:
+        """What joined the study after it had begun."""
+        return list(json.loads(self.fact("additions") or "[]"))
+
     def add_addition(self, addition: dict[str, Any]) -> None:
         """Note what joins the study, and tell a running driver."""
         with self.transaction():
-            self.replace("additions", json.dumps([*json.loads(self.fact("additions") or "[]"), addition]))
+            self.replace("additions", json.dumps([*self.additions(), addition]))
             self.ask("add")
 
     # Trials

@@ -100,7 +100,7 @@ class Study:
 
     def take_up(self) -> None:
         """Bring in the cells of domains and arms that were added since the study was opened."""
-        self.spec = extended(self.began, additions(self.plan.journal))
+        self.spec = extended(self.began, self.plan.journal.additions())
         self.sources = make_domains(self.spec.domains, self.folder / "domains", data=self.data, seed=self.spec.seed)
         cells, _ = build_cells(self.spec, self.sources)
         settle(self.plan.journal, {f"cell {cell.name}": _cell_facts(cell) for cell in cells}, {}, refuse)
@@ -132,7 +132,7 @@ def open_study(
         try:
             journal.remember("begun_ms", str(now_ms()))
             _settle_tracking(journal, stores.mlflow or "")
-            whole = extended(spec, additions(journal))
+            whole = extended(spec, journal.additions())
             sources = make_domains(whole.domains, folder / "domains", data=data, seed=spec.seed)
             cells, warnings = build_cells(whole, sources)
             for warning in warnings:
@@ -177,11 +177,6 @@ def _settle_tracking(journal: Journal, uri: str) -> None:
     if before not in (None, now):
         journal.track_again()
     journal.replace("tracked_in", now)
-
-
-def additions(journal: Journal) -> list[dict[str, Any]]:
-    """What joined the study after it had begun."""
-    return json.loads(journal.fact("additions") or "[]")
 
 
 def _settle_all(

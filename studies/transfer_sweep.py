@@ -22,17 +22,14 @@ if __package__ in (None, "") and (Path(__file__).resolve().parent / "study.py").
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # its root, not studies/, belongs on the path
 
 from mmm4rec.errors import BadInput
-from studies.spec import Spec, add_arguments, load_spec, on_domains
+from studies.spec import Spec, add_arguments, told_spec
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 1 the work failed or was stopped, 2 bad input."""
     told = _parser().parse_args(arguments)
     try:
-        spec = load_spec(told.spec)
-        if told.on:
-            spec = on_domains(spec, told.on)
-        return _COMMANDS[told.command](spec, told)
+        return _COMMANDS[told.command](told_spec(told), told)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -45,9 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("command", nargs="?", choices=tuple(_COMMANDS), default="run", help="default: run")
     add_arguments(parser)
-    parser.add_argument(
-        "--on", nargs="+", metavar="NAME", help="run the spec's arms on these folders under --data instead: raw ones, or prepared domains"
-    )
     parser.add_argument("--storage", metavar="URI", help="a folder that every node sees, or s3://, gs://: the spec's stores.storage")
     parser.add_argument("--resume", action="store_true", help="go on with a study that exists, and begin none")
     parser.add_argument("--yes", action="store_true", help="accept that spec, code or domains differ from how the study began")

@@ -383,6 +383,18 @@ def test_a_changed_pre_training_is_set_aside_here_and_on_the_storage(out: Path, 
         assert (aside / "last.ckpt").exists()
 
 
+def test_another_mlflow_store_gets_everything(out: Path, tmp_path: Path) -> None:
+    elsewhere = f"sqlite:///{tmp_path / 'elsewhere.db'}"
+    with opened(out, spec()) as study:
+        study.plan.journal.start(study.plan.cells["attic/scratch"], "search", 0, 0, {"training.learning_rate": 0.01})
+        (trial,) = study.plan.journal.trials()
+        study.plan.journal.end(trial.trial_key, "failed", reason="on purpose")
+        study.plan.journal.set_tracked(trial.trial_key)
+    for stores, left in (({}, []), ({"mlflow": elsewhere}, [trial.trial_key]), ({"mlflow": elsewhere}, [trial.trial_key])):
+        with opened(out, spec(stores=stores)) as study:
+            assert study.plan.journal.untracked() == left
+
+
 def test_a_trials_worker_imports_neither_optuna_nor_mlflow() -> None:
     code = "import sys, studies.engine; print([name for name in ('optuna', 'mlflow') if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])

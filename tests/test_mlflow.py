@@ -348,6 +348,17 @@ def test_a_server_that_is_ahead_of_a_restored_journal_keeps_no_stranger_and_no_e
     assert not any(cell.trials for cell in read_study(folder))
 
 
+@pytest.mark.slow
+def test_a_cell_that_is_taken_out_leaves_the_tables_and_comes_back_with_its_row(folder: Path) -> None:
+    mirror(folder, fill(folder))
+    for cells in ((SCRATCH,), CELLS):
+        with tracking(folder, cells=cells) as tracker:
+            tracker.catch_up()
+            tracker.baseline()
+            tracker.flush()
+        assert [cell.name for cell in read_study(folder)] == [cell.name for cell in cells]
+
+
 def test_the_artifacts_tags_and_ledger_of_a_study_are_read_back(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     keys = fill(folder)
     (folder / "tables").mkdir()

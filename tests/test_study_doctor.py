@@ -10,6 +10,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -28,7 +29,7 @@ from studies import cost as costs
 from studies import doctor_nodes, probe
 from studies.cells import Source, build_cells
 from studies.cost import BEST, LAST, PARAMETER_BYTES, Weight, expected_cost, expected_search_epochs, expected_survivors, typical_run, weigh
-from studies.doctor import check_domains, check_folder, check_journal, check_stores, fill_stores, main
+from studies.doctor import check_domains, check_folder, check_journal, check_stores, fill_stores, joined_since, main
 from studies.doctor_nodes import Node, judge, judge_clock, judge_disks, judge_domains, judge_gpus, judge_network, judge_versions
 from studies.domains import source_of
 from studies.findings import Finding, exit_status, table
@@ -215,6 +216,13 @@ def test_domains_are_what_their_files_say(make_domain: Callable[..., Domain]) ->
     assert "is damaged" in found().what
     shutil.rmtree(domain.path)
     assert (found().level, found("s3://bucket").level) == ("error", "ok")
+
+
+def test_what_joined_a_study_is_looked_at_too(tmp_path: Path) -> None:
+    assert joined_since(tmp_path) == []
+    with closing(Journal(tmp_path / "study.sqlite3")) as journal:
+        journal.add_addition({"domains": ["shop"], "arms": {}, "demo": []})
+    assert joined_since(tmp_path) == [{"domains": ["shop"], "arms": {}, "demo": []}]
 
 
 def test_domains_that_are_not_there(tmp_path: Path) -> None:
