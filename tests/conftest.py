@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mmm4rec.data.demo import DemoConfig
+from mmm4rec.data.demo import DemoConfig, write_demo
 from mmm4rec.data.domain import Domain, open_domain, write_domain
 from mmm4rec.data.features import add_features
 
@@ -85,3 +86,24 @@ TINY_STUDY = {
     "baseline": "scratch",
     "budget": {"search_trials": 3, "epochs": 4, "grace_epochs": 1, "reduction": 2, "confirm_seeds": 2},
 }
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An mlflow.db with its tables: making them takes seconds."""
+    pytest.importorskip("mlflow")
+    from studies.mlflow_store import fold_wal, open_store, store_uri
+
+    folder = tmp_path_factory.mktemp("store")
+    open_store(store_uri(folder))
+    fold_wal(store_uri(folder))
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def tiny_begun(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
+    """The folder of the tiny study with its domains and an empty store, to be copied."""
+    folder = tmp_path_factory.mktemp("begun") / "tiny"
+    write_demo(folder / "domains", config=TINY_SHOPS)
+    shutil.copy(empty_store, folder)
+    return folder

@@ -72,9 +72,8 @@ class Quiet:
 
 
 @pytest.fixture
-def out(tmp_path: Path) -> Path:
-    (tmp_path / "tiny").mkdir()
-    write_demo(tmp_path / "tiny" / "domains", config=TINY_SHOPS)
+def out(tmp_path: Path, tiny_begun: Path) -> Path:
+    shutil.copytree(tiny_begun, tmp_path / "tiny")
     return tmp_path
 
 

@@ -26,7 +26,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 from mmm4rec.config import from_dict
 from studies import outbox
 from studies.cells import Cell, Source, build_cells
-from studies.mlflow_store import fold_wal, is_away, open_store, search, shown, store_uri
+from studies.mlflow_store import is_away, open_store, search, shown, store_uri
 from studies.mlflow_tracker import MlflowTracker
 from studies.outbox import NotWritten, Outbox
 from studies.spec import Spec
@@ -123,15 +123,6 @@ def facts(uri: str) -> list[tuple]:
         parent = names.get(run.data.tags.get("mlflow.parentRunId", ""))
         told.append((run.info.run_name, run.info.status, parent, sorted(tags.items()), sorted(run.data.params.items()), curves, artifacts))
     return sorted(told, key=lambda run: run[0])
-
-
-@pytest.fixture(scope="module")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An mlflow.db with its tables: making them takes seconds."""
-    folder = tmp_path_factory.mktemp("store")
-    open_store(store_uri(folder))
-    fold_wal(store_uri(folder))
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
