@@ -48,6 +48,7 @@ def encode_command(args: argparse.Namespace) -> None:
 def train_command(args: argparse.Namespace) -> None:
     """One run, with a bar an epoch and a line of its validation metrics."""
     from mmm4rec.execute import execute
+    from mmm4rec.training.loop import EpochReport
 
     config = _run_config(args)
     if args.print_config:
@@ -70,6 +71,11 @@ def train_command(args: argparse.Namespace) -> None:
     with closing(execute(config, args.out, resume=args.resume, on_start=show)) as reports, bar:
         metric = config.training.valid_metric
         for report in reports:
+            if not isinstance(report, EpochReport):
+                bar.write(
+                    f"step {report.optimizer_steps}: loss {report.train_loss:.4f}, {report.examples_per_second:,.0f} examples a second"
+                )
+                continue
             loss = "untrained" if report.train_loss is None else f"loss {report.train_loss:.4f}"
             mark = " *" if report.best_epoch == report.epoch else ""
             bar.write(f"epoch {report.epoch}: {loss}, valid {metric} {report.valid[metric]:.4f}, {report.train_seconds:.1f} s{mark}")

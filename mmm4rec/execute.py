@@ -21,11 +21,11 @@ from mmm4rec.data.batches import DomainData
 from mmm4rec.data.domain import Split, write_atomically
 from mmm4rec.errors import BadInput
 from mmm4rec.run import Assembled, RunConfig, assemble
-from mmm4rec.tracking import JsonLinesTracker, Tracker
+from mmm4rec.tracking import JsonLinesTracker, StepLines, Tracker
 from mmm4rec.training import distributed
-from mmm4rec.training.checkpoint import check_identity, load_last, save_last, save_model
+from mmm4rec.training.checkpoint import LastCheckpoint, RunCheckpoints, check_identity, save_model
 from mmm4rec.training.evaluate import evaluate
-from mmm4rec.training.loop import EpochReport, Run, fit
+from mmm4rec.training.loop import EpochReport, Run, StepReport, fit
 from mmm4rec.training.metrics import mean_metrics
 
 
@@ -34,21 +34,22 @@ def execute(
     out: str | Path,
     *,
     resume: bool = False,
+    checkpoints: RunCheckpoints | None = None,
     on_start: Callable[[Assembled], None] = lambda assembled: None,
-) -> Generator[EpochReport, None, dict[str, Any]]:
+) -> Generator[EpochReport | StepReport, None, dict[str, Any]]:
     """Run fit() and keep its files in `out`; they are complete before each report is yielded.
 
-    Writes last.ckpt, best.safetensors and curve.jsonl after every epoch, result.json and ranks.parquet at
-    the end, and returns the result. With `resume` it continues from last.ckpt where there is one, and does
-    nothing where the run has ended. Closing the generator leaves the files for a later resume.
-    In a distributed run worker 0 writes. Raises BadInput when `out` holds a run and `resume` is off, or
-    holds another run.
+    Writes best.safetensors and curve.jsonl after every epoch, steps.jsonl with every StepReport, result.json and
+    ranks.parquet at the end, and returns the result. With `resume` it continues from the newest of its `checkpoints`
+    (None: last.ckpt in `out`, after every epoch), and does nothing where the run has ended. Closing the generator leaves
+    the files for a later resume. In a distributed run worker 0 writes. Raises BadInput when `out` holds a run and `resume`
+    is off, or holds another run.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise BadInput("is a file; a run needs a folder.", file=out, remedy="Choose another name.")
-    result_file, last_file = out / "result.json", out / "last.ckpt"
-    if not resume and (result_file.exists() or last_file.exists()):
+    result_file, checkpoints = out / "result.json", checkpoints or LastCheckpoint(out / "last.ckpt")
+    if not resume and (result_file.exists() or checkpoints.exists()):
         raise BadInput("holds a run already.", file=out, remedy="Choose another folder, or continue it with --resume.")
     assembled = assemble(config)
     run, description = assembled.run, assembled.description
@@ -58,17 +59,21 @@ def execute(
         return result
     out.mkdir(parents=True, exist_ok=True)
     tracker: Tracker = JsonLinesTracker(out / "curve.jsonl")
-    if resume and last_file.exists():
-        load_last(last_file, run, description)
+    writes = distributed.rank() == 0
+    if resume and checkpoints.load(run, description) and writes:
         tracker.log(run.state.history)
-    on_start(assembled)
-    for report in fit(run):
-        if distributed.rank() == 0:
-            if report.best_epoch == report.epoch:
-                save_model(out / "best.safetensors", run.state.best_weights, description)
-            save_last(last_file, run, description)
-            tracker.log(run.state.history)
-        yield report
+    steps = StepLines(out / "steps.jsonl", run.state.optimizer_steps) if writes else None
+    with checkpoints:
+        on_start(assembled)
+        for report in fit(run):
+            if steps is not None:
+                if isinstance(report, StepReport):
+                    steps.log(report)
+                elif report.best_epoch == report.epoch:
+                    save_model(out / "best.safetensors", run.state.best_weights, description)
+                checkpoints.save(run, description, epoch_over=isinstance(report, EpochReport))
+                tracker.log(run.state.history)
+            yield report
     return _finish(assembled, out)
 
 

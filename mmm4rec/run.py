@@ -13,7 +13,7 @@ import torch
 
 from mmm4rec.config import to_dict
 from mmm4rec.data.batches import DomainData, TimeView
-from mmm4rec.data.domain import Domain, open_domain
+from mmm4rec.data.domain import Domain, Examples, open_domain
 from mmm4rec.data.features import ItemFeatures, Modality, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.last_item import LastItem
@@ -35,6 +35,8 @@ class DataConfig:
     examples: Literal["train", "all"] = "train"  # all: validation and test targets too, for pre-training on sources
     heldout_users: float = 0.05  # with `all`: the share of users kept out of training; their last item is the validation
     shuffle_features: int | None = None  # seed that deals the features out anew among the items: a control
+    most_heldout_users: int = 10_000  # at most so many
+    zero_shot: tuple[str, ...] = ()  # folders of domains whose validation examples are ranked after every epoch, and not trained on
     mask_seen: bool = False  # evaluation: items of a user's history are no candidates; part of the fingerprint
 
     def __post_init__(self) -> None:
@@ -97,7 +99,8 @@ def assemble(config: RunConfig) -> Assembled:
         if moved.dropped_layers:
             log.warning("%s: %s", config.init, moved)
     data = [_domain_data(config, domain, part) for domain, part in zip(domains, features, strict=True)]
-    run = Run(model, data, config.training, config.seed, device, config.model.quirks)
+    unseen = [_unseen_data(config, path, features, domains, device) for path in config.data.zero_shot]
+    run = Run(model, data, config.training, config.seed, device, config.model.quirks, unseen)
     description = {
         "config": to_dict(config),
         "fingerprints": {domain.name: domain.fingerprint for domain in domains},
@@ -129,17 +132,16 @@ def _domain_data(config: RunConfig, domain: Domain, features: ItemFeatures) -> D
     if config.data.examples == "train":
         train, valid = domain.examples("train"), domain.examples("valid")
     else:
-        able = np.random.default_rng(config.seed).permutation(domain.examples("test")[0])
-        count = max(1, round(config.data.heldout_users * len(able)))
+        able = np.random.default_rng(config.seed).permutation(domain.examples("test").users)
+        count = max(1, min(config.data.most_heldout_users, round(config.data.heldout_users * len(able))))
         train, valid = domain.examples("all", np.sort(able[count:])), domain.examples("test", np.sort(able[:count]))
-    if not len(valid[0]) or (not len(train[0]) and config.training.epochs):
-        rule = f"has {len(train[0])} training and {len(valid[0])} validation examples; a run needs some of both."
+    if not len(valid) or (not len(train) and config.training.epochs):
+        rule = f"has {len(train)} training and {len(valid)} validation examples; a run needs some of both."
         raise BadInput(rule, file=domain.path, remedy="Users need 4 interactions (pre-training: 2); prepare a larger domain.")
     return domain_data(config, domain, features, train, valid)
 
 
-Examples = tuple[np.ndarray, np.ndarray]  # users, ends
-NO_EXAMPLES: Examples = (np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+NO_EXAMPLES = Examples(*(np.empty(0, dtype=np.int64) for _ in range(3)))
 
 
 def domain_data(
@@ -149,6 +151,20 @@ def domain_data(
     model, quirks = config.model, config.model.quirks
     view = TimeView(quirks.label_time, quirks.zero_stamps)
     return DomainData(domain, features, train, valid, model.max_len, model.time, view, config.data.mask_seen)
+
+
+def _unseen_data(
+    config: RunConfig, path: str, features: Sequence[ItemFeatures], domains: Sequence[Domain], device: torch.device
+) -> DomainData:
+    """A domain that is validated and not trained on."""
+    domain = open_domain(path)
+    if config.model.ids:
+        raise BadInput("data.zero_shot needs a model without item ids.", file=path, remedy="Set model.ids=false.")
+    if domain.fingerprint in {source.fingerprint for source in domains}:
+        raise BadInput(f"domain '{domain.name}' is trained on too.", file=path, remedy="Take it out of data.zero_shot.")
+    own = load_features(domain, config.model.streams).to(device)
+    _shared_dimensions([*features, own], [*domains, domain])
+    return domain_data(config, domain, own, valid=domain.examples("valid"))
 
 
 def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:
@@ -168,7 +184,7 @@ def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[
     return MMM4Rec(config.model, feature_dimensions=_shared_dimensions(features, domains), n_items=n_items)
 
 
-def _shared_dimensions(features: list[ItemFeatures], domains: tuple[Domain, ...]) -> dict[Modality, int]:
+def _shared_dimensions(features: Sequence[ItemFeatures], domains: Sequence[Domain]) -> dict[Modality, int]:
     """F of each modality that some domain has. Raises BadInput when domains differ in it or in the encoder."""
     seen: dict[Modality, tuple[int, str, Domain]] = {}
     for part, domain in zip(features, domains, strict=True):

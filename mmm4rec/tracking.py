@@ -8,7 +8,7 @@ from typing import Protocol
 
 from mmm4rec.config import to_dict
 from mmm4rec.data.domain import write_atomically
-from mmm4rec.training.loop import EpochReport
+from mmm4rec.training.loop import EpochReport, StepReport
 
 
 class Tracker(Protocol):
@@ -27,6 +27,22 @@ class JsonLinesTracker:
     def log(self, history: list[EpochReport]) -> None:
         lines = (json.dumps(to_dict(report)) for report in history)
         write_atomically(self.path, "".join(f"{line}\n" for line in lines).encode())
+
+
+class StepLines:
+    """Keeps what optimizer steps came to, one JSON object a report, in a file that grows."""
+
+    def __init__(self, path: Path, optimizer_steps: int) -> None:
+        """Args: optimizer_steps: where the run stands; later lines, of steps that are done again, are dropped."""
+        self.path = path
+        if path.exists():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["optimizer_steps"] <= optimizer_steps]
+            write_atomically(path, "".join(kept).encode())
+
+    def log(self, report: StepReport) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(to_dict(report)) + "\n")
 
 
 def mlflow_name(metric: str) -> str:

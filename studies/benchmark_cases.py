@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmm4rec.data import batches
-from mmm4rec.data.batches import DomainData, Plan, plan_epoch
+from mmm4rec.data.batches import DomainData
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import MODALITIES, ItemFeatures
+from mmm4rec.data.sampler import Plan
 from mmm4rec.models import fused, recommender
 from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
 from mmm4rec.run import DataConfig, RunConfig, domain_data
@@ -116,12 +118,11 @@ def assemble(case: Case, *, examples: int | None = None, features: ItemFeatures 
 
 
 def first_plans(run: Run, count: int | None = None) -> list[Plan]:
-    plans = plan_epoch([data.train for data in run.data], run.config.batch_size, seed=0, epoch=1)
-    return plans[: run.config.accumulation if count is None else count]
+    return list(islice(run.sampler.plans(1), run.config.accumulation if count is None else count))
 
 
 def train_step(run: Run, plans: Sequence[Plan]) -> None:
-    _optimizer_step(run, step.prepare(run, plans, run.state.optimizer_steps))
+    _optimizer_step(run, step.prepare(run, plans, run.state.optimizer_steps), "")
 
 
 def seconds(function: Callable[[], Any], device: torch.device = CPU) -> float:
@@ -170,7 +171,7 @@ def cpu_step(case: Case, repeats: int, plain_batches: int = 1) -> dict[str, Any]
     plans, data, model = first_plans(run), run.data[0], run.model
     assert run.optimizer is not None
     padded = [pad(reference, data, plan) for plan in plans[:plain_batches]]
-    tokens = sum(int(np.minimum(plan.ends, case.max_len).sum()) for plan in plans) / len(plans)
+    tokens = sum(int(np.minimum(plan.shares[0].ends, case.max_len).sum()) for plan in plans) / len(plans)
     taken: dict[str, list[float]] = {"ours": [], "plain": [], "optimizer": [], "loader": [], "rate": []}
     for round_ in range(repeats + 1):
         now = {
@@ -200,21 +201,22 @@ def cpu_step(case: Case, repeats: int, plain_batches: int = 1) -> dict[str, Any]
 
 
 def pad(reference: Any, data: DomainData, plan: Plan) -> Any:
-    return reference.pad(data.domain, plan.users, plan.ends, max_len=data.max_len, time=data.time)
+    (share,) = plan.shares
+    return reference.pad(data.domain, share.users, share.ends, max_len=data.max_len, time=data.time)
 
 
 def cpu_evaluation(case: Case, repeats: int, users: int = 1024) -> dict[str, Any]:
     """Ranks of users with the prefix lengths of training and of the test split; the catalogue's vectors apart."""
     reference, run = reference_module(), assemble(case)
     data, model = run.data[0], run.model.eval()
-    plan = first_plans(run, 1)[0]
-    histories = {"training": (plan.users[:users], plan.ends[:users]), "test": tuple(part[:users] for part in data.valid)}
+    (share,) = first_plans(run, 1)[0].shares
+    histories = {"training": (share.users[:users], share.ends[:users]), "test": tuple(part[:users] for part in data.valid)}
     result: dict[str, Any] = {"users": users}
     with torch.inference_mode():
         catalogue = [seconds(partial(Ranking, model, data, run.device)) for _ in range(repeats + 1)][1:]
         ranking = Ranking(model, data, run.device)
         for name, (who, ends) in histories.items():
-            padded = pad(reference, data, Plan(0, who, ends))
+            padded = pad(reference, data, Plan.of_one(0, who, ends))
             batch = [seconds(partial(ranking.ranks, who, ends)) for _ in range(repeats + 1)][1:]
             plain = [seconds(partial(reference.ranks, model, data.features, padded)) for _ in range(3)][1:]
             length = float(np.minimum(ends, case.max_len).mean())
@@ -273,7 +275,7 @@ def one_step(case: Case, examples: int | None = None, evaluate_users: int = 0) -
         run = assemble(case, examples=examples)
         plans = first_plans(run)
         result: dict[str, Any] = {
-            "examples": sum(len(plan.users) for plan in plans),
+            "examples": sum(map(len, plans)),
             "step_seconds": seconds(lambda: train_step(run, plans)),
         }
         if evaluate_users:
@@ -349,9 +351,9 @@ def _long_history(case: Case, repeats: int) -> dict[str, Any]:
         run = assemble(case)
         plans = first_plans(run)
         taken = [seconds(lambda: train_step(run, plans), run.device) for _ in range(repeats + 1)][1:]
-    positions = int(np.minimum(plans[0].ends, case.max_len).sum())
+    positions = int(np.minimum(plans[0].shares[0].ends, case.max_len).sum())
     per_thousand = [1e3 * value / positions * 1e3 for value in taken]
-    return {"examples": len(plans[0].users), "positions": positions, "milliseconds_a_1000_positions": spread(per_thousand), **memory}
+    return {"examples": len(plans[0]), "positions": positions, "milliseconds_a_1000_positions": spread(per_thousand), **memory}
 
 
 def gpu_epoch(case: Case, batches_: int, repeats: int) -> dict[str, Any]:
@@ -363,7 +365,7 @@ def gpu_epoch(case: Case, batches_: int, repeats: int) -> dict[str, Any]:
     def epoch() -> None:
         prepared = (step.prepare(run, group, number) for number, group in enumerate(groups))
         for parts in step.ahead(prepared, run.device):
-            _optimizer_step(run, parts)
+            _optimizer_step(run, parts, "")
 
     first = seconds(epoch, run.device)
     torch.cuda.reset_peak_memory_stats(run.device)

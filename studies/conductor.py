@@ -21,6 +21,7 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.at_once import smaller_blocks
 from mmm4rec.execute import execute
 from mmm4rec.run import Assembled, RunConfig
+from mmm4rec.training.loop import EpochReport
 from studies.files import KEPT
 from studies.plan import Plan
 from studies.spec import Resources
@@ -167,8 +168,9 @@ def run_trial_files(told: dict[str, Any], out: Path, tell: Tell, *, keep: Callab
 
         with smaller_blocks(told["halvings"]), closing(execute(run, out, resume=True, on_start=tell_history)) as reports:
             for report in reports:
-                keep()
-                tell({"row": to_dict(report)})
+                if isinstance(report, EpochReport):
+                    keep()
+                    tell({"row": to_dict(report)})
         keep()
         return _result(out)
     except Exception as error:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from mmm4rec.config import from_dict, merge
-from mmm4rec.data.batches import Plan, plan_epoch
+from mmm4rec.data.sampler import Plan
 from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import Run, TrainingConfig, matmul_precision
@@ -209,16 +210,15 @@ def _parameters(run: Run) -> int:
 
 def _epoch_seconds(run: Run) -> float:
     """Seconds of training and validation: of one step and of some users, scaled up."""
-    plans = plan_epoch([data.train for data in run.data], run.config.batch_size, seed=run.seed, epoch=1)
-    group = plans[: run.config.accumulation]
+    sampler = run.sampler
+    group = [sampler.plan(1, number) for number in range(min(run.config.accumulation, len(sampler)))]
     run.model.train()
     _timed(run, lambda: _take_step(run, group))
     step_seconds = _timed(run, lambda: _take_step(run, group))
-    examples, of_step = (sum(len(plan.users) for plan in part) for part in (plans, group))
     (data,) = run.data
-    users, ends = (part[:RANKED_USERS] for part in data.valid)
+    users, ends = data.valid.at(np.arange(min(RANKED_USERS, len(data.valid))))
     rank_seconds = _timed(run, lambda: evaluate(run.model, data, users, ends, run.device))
-    return step_seconds * examples / of_step + rank_seconds * len(data.valid[0]) / len(users)
+    return step_seconds * sum(sampler.taken) / sum(map(len, group)) + rank_seconds * len(data.valid) / len(users)
 
 
 def _take_step(run: Run, group: Sequence[Plan]) -> None:

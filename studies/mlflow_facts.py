@@ -67,6 +67,8 @@ def epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) -> 
     if row["train_loss"] is not None:
         values["train loss"] = row["train_loss"]
     values |= {f"valid {name}": value for name, value in row["valid"].items()}
+    values |= {f"train loss {domain}": loss for domain, loss in row.get("domain_losses", {}).items()}
+    values |= {f"zero_shot {domain}": value for domain, value in row.get("zero_shot", {}).items()}
     values["epoch"] = row["epoch"]  # written last: where it stands, all of them do
     return [Metric(mlflow_name(name), float(value), timestamp_ms, row["optimizer_steps"]) for name, value in values.items()]
 

@@ -128,7 +128,7 @@ def train_worker(config: dict[str, Any]) -> None:
     with closing(execute(run, out, resume=True)) as reports:
         for report in reports:
             keep()
-            ray.train.report({"epoch": report.epoch, **report.valid})
+            ray.train.report({"epoch": report.epoch})
     keep()
 
 

@@ -38,7 +38,7 @@ from mmm4rec.config import to_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.run import assemble
-from mmm4rec.training.loop import fit
+from mmm4rec.training.loop import EpochReport, fit
 from studies.benchmark import machine
 from studies.cells import Cell, Source, build_cells
 from studies.domains import make_domains
@@ -157,6 +157,7 @@ def make_bench(demo: Spec, work: Path, arms: Sequence[str], trials: int) -> Benc
 def _pretrained(spec: Spec, sources: dict[str, Source], out: Path) -> Path:
     if not (out / "result.json").exists():
         for report in execute(pretrain_config(spec, sources), out, resume=True):
+            assert isinstance(report, EpochReport)
             print(f"pre-training: epoch {report.epoch}, validation NDCG@10 {report.valid['ndcg@10']:.4f}", flush=True)
     return out / "best.safetensors"
 
@@ -221,7 +222,7 @@ def run_again(bench: Bench, pair: Pair, count: int) -> dict[str, list[float]]:
             if (key := f"{pair.cell} {name} {number}") not in known:
                 trial = Trial("", cell.name, "search", 0, AGAIN_FROM + number, config, "running", None, None, 0, None, False)
                 run = assemble(run_config(cell, trial, bench.checkpoint)).run
-                known[key] = max(report.valid[cell.metric] for report in fit(run))
+                known[key] = max(report.valid[cell.metric] for report in fit(run) if isinstance(report, EpochReport))
                 file.write_text(json.dumps(known))
                 print(f"again {key}: {known[key]:.4f}", flush=True)
     return {name: [known[f"{pair.cell} {name} {number}"] for number in range(count)] for name in pair.configs}

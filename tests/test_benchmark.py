@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_prefixes_are_those_of_the_domain_that_they_stand_for() -> None:
     """Of every length as many as in Amazon Scientific, but for the last two of the 63 that were cut at 20."""
-    lengths = np.minimum(generated_domain(Case(), examples=8192).examples("train")[1], 20)
+    lengths = np.minimum(list(generated_domain(Case(), examples=8192).examples("train"))[1], 20)
     assert np.bincount(lengths, minlength=21)[1:20].tolist() == list(PREFIXES[:19])
     assert abs(int((lengths == 20).sum()) - PREFIXES[19]) <= 2
     assert lengths.mean() == pytest.approx(3.4, abs=0.02)

@@ -61,7 +61,7 @@ def in_half_precision(domain: Domain) -> Domain:
 
 def loss_and_gradients(run: Run, parts: list[Part]) -> tuple[float, dict[str, Tensor]]:
     run.model.zero_grad()
-    return add_gradient(run, parts), gradients(run)
+    return sum(loss for _, loss in add_gradient(run, parts)), gradients(run)
 
 
 # --- features -----------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def test_a_step_under_dropout_is_the_plain_loss_of_what_its_chunks_encode(make_d
     assert_same_gradients(ours, gradients(run))
     run.model.eval()
     with blocks_of(items):
-        assert abs(add_gradient(run, parts) - loss) > 1e-3 * loss, "dropout is felt"
+        assert abs(sum(found for _, found in add_gradient(run, parts)) - loss) > 1e-3 * loss, "dropout is felt"
 
 
 def test_gradients_of_ranges_of_rows_are_autograds() -> None:
@@ -306,15 +306,16 @@ def test_candidates_are_the_targets_and_as_many_draws_as_told(make_domain: MakeD
     assert len(parts) == len(plans)
     for part, plan in zip(parts, plans, strict=True):
         assert part.candidates is not None
-        items, log_weights = part.candidates[0].numpy(), part.candidates[1].numpy()
+        items, log_weights = part.candidates.items[0].numpy(), part.candidates.log_weights.numpy()
         assert (np.diff(items) > 0).all()
-        assert set(data.domain.items[data.domain.offsets[plan.users] + plan.ends]) <= set(items)
+        assert set(data.domain.items[data.domain.offsets[plan.shares[0].users] + plan.shares[0].ends]) <= set(items)
         drawn = np.exp(log_weights) * 40 * chance[items - 1]
         np.testing.assert_allclose(drawn, drawn.round(), atol=1e-9)
         assert drawn.sum() == pytest.approx(40)
     again, later = prepare(run, plans, 0), prepare(run, plans, 1)
-    assert all(torch.equal(a.candidates[1], b.candidates[1]) for a, b in zip(parts, again, strict=True))  # type: ignore[index]
-    samples = [tuple(items[log_weights.isfinite()].tolist()) for items, log_weights in (part.candidates for part in [*parts, *later])]  # type: ignore[misc]
+    assert all(torch.equal(a.candidates.log_weights, b.candidates.log_weights) for a, b in zip(parts, again, strict=True))  # type: ignore[union-attr]
+    every = [part.candidates for part in [*parts, *later] if part.candidates is not None]
+    samples = [tuple(candidates.items[0][candidates.log_weights.isfinite()].tolist()) for candidates in every]
     assert len(set(samples)) == 2 * len(plans), "each micro-batch of each step draws anew"
 
 
@@ -327,7 +328,7 @@ def test_items_are_drawn_by_their_chance(make_domain: MakeDomain, power: float) 
     expected = n * counts**power / (counts**power).sum()
     candidates = prepare(run, plans_of(run.data[0]), 0)[0].candidates
     assert candidates is not None
-    drawn = np.exp(candidates[1].numpy()) * expected
+    drawn = np.exp(candidates.log_weights.numpy()) * expected
     assert len(drawn) == ITEMS
     assert ((drawn - expected) ** 2 / expected).sum() < 70
 
@@ -342,7 +343,7 @@ def test_the_sampled_step_is_the_plain_loss_over_its_candidates(make_domain: Mak
     plain_loss = torch.zeros((), dtype=torch.float64)
     for part in parts:
         assert part.candidates is not None
-        (ids, log_weights), catalogue = part.candidates, run.model.items(run.data[0].features)
+        ids, log_weights, catalogue = part.candidates.items[0], part.candidates.log_weights, run.model.items(run.data[0].features)
         assert log_weights.isinf().any()
         for chunk in part.chunks:
             inputs = {name: vectors[chunk.ids] for name, vectors in catalogue.inputs.items()}
@@ -399,7 +400,7 @@ def test_a_step_in_bfloat16_is_nearly_that_in_float32(make_domain: MakeDomain, m
             run = moved(assemble(config).run)
             run.model.train()
             parts = prepare(run, plans_of(run.data[0]), 0)
-            summed = _optimizer_step(run, parts)
+            summed = sum(_optimizer_step(run, parts, "")[0].losses)
             found.append((summed, gradients(run)))
         assert all(parameter.dtype == torch.float32 for parameter in run.model.parameters())
     (loss_float32, plain), (loss_bf16, ours) = found
@@ -487,7 +488,7 @@ def test_a_checkpoint_that_fails_half_way_leaves_the_last_one_whole(
 
 
 DEVICES = pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda")], ids=str)
-DISTINCT: list[list[Part]] = [[Part(k, [], None)] if k % 3 else [] for k in range(7)]  # a worker may have nothing to do
+DISTINCT: list[list[Part]] = [[Part([], None)] if k % 3 else [] for k in range(7)]  # a worker may have nothing to do
 
 
 def ends_soon(threads: set[threading.Thread]) -> bool:

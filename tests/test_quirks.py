@@ -14,8 +14,9 @@ from conftest import TINY_MODEL
 from torch import Tensor, nn
 
 from mmm4rec.config import from_dict
-from mmm4rec.data.batches import Plan, TimeView, make_batch, pack, plan_epoch
+from mmm4rec.data.batches import TimeView, make_batch, pack
 from mmm4rec.data.domain import Domain
+from mmm4rec.data.sampler import Plan
 from mmm4rec.execute import execute
 from mmm4rec.inference import recommend
 from mmm4rec.models.blocks import Scan
@@ -127,7 +128,7 @@ def test_the_skip_reads_its_input_or_its_input_times_the_step() -> None:
 
 def first_gradients(config: RunConfig) -> dict[str, Tensor]:
     run = assemble(config).run
-    add_gradient(run, prepare(run, plan_epoch([run.data[0].train], 10_000, seed=0, epoch=1), 0))
+    add_gradient(run, prepare(run, [Plan.of_one(0, *run.data[0].train)], 0))
     return {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
 
 
@@ -145,9 +146,9 @@ def weights_after(config: RunConfig, steps: int = 4) -> dict[str, nn.Parameter]:
     run.model.double().train()
     run.data = [replace(data, features=data.features.to(run.device, torch.float64)) for data in run.data]
     users, ends = run.data[0].train
-    plans = [Plan(0, users[i : i + 16], ends[i : i + 16]) for i in range(0, 32 * steps, 16)]
+    plans = [Plan.of_one(0, users[i : i + 16], ends[i : i + 16]) for i in range(0, 32 * steps, 16)]
     for step in range(steps):
-        _optimizer_step(run, prepare(run, plans[2 * step : 2 * step + 2], step))
+        _optimizer_step(run, prepare(run, plans[2 * step : 2 * step + 2], step), "")
     return dict(run.model.named_parameters())
 
 

@@ -12,8 +12,9 @@ import torch
 from test_model import SWITCHES, build
 from torch import Tensor
 
-from mmm4rec.data.batches import DomainData, Plan
+from mmm4rec.data.batches import DomainData
 from mmm4rec.data.domain import Domain
+from mmm4rec.data.sampler import Plan
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.quirks import Quirks
 from mmm4rec.run import DataConfig, RunConfig, domain_data
@@ -44,11 +45,11 @@ def make_run(domain: Domain, switches: dict[str, Any], **training: Any) -> Run:
 def plans_of(data: DomainData, *, size: int = 40, count: int = 3) -> list[Plan]:
     users, ends = data.train
     order = np.random.default_rng(3).permutation(len(users))
-    return [Plan(0, users[part], ends[part]) for part in np.split(order[: size * count], count)]
+    return [Plan.of_one(0, users[part], ends[part]) for part in np.split(order[: size * count], count)]
 
 
 def padded(data: DomainData, plan: Plan) -> reference.Padded:
-    return reference.pad(data.domain, plan.users, plan.ends, max_len=data.max_len, time=data.time, view=data.view)
+    return reference.pad(data.domain, plan.shares[0].users, plan.shares[0].ends, max_len=data.max_len, time=data.time, view=data.view)
 
 
 def plain_scores(run: Run, batch: reference.Padded) -> Tensor:
@@ -82,12 +83,12 @@ def test_a_step_is_the_plain_step(make_domain: Callable[..., Domain], monkeypatc
     for plan in plans:
         batch = padded(data, plan)
         loss = reference.loss_sum(run.model, plain_scores(run, batch), batch.targets)  # type: ignore[arg-type]
-        (loss / (len(plan.users) if run.quirks.summed_accumulation else 120)).backward()
+        (loss / (len(plan) if run.quirks.summed_accumulation else 120)).backward()
         plain_loss += loss.detach()
     plain = gradients(run)
-    assert step.add_gradient(run, step.prepare(run, plans, 0)) == pytest.approx(float(plain_loss), rel=1e-12)
+    assert sum(loss for _, loss in step.add_gradient(run, step.prepare(run, plans, 0))) == pytest.approx(float(plain_loss), rel=1e-12)
     assert_same_gradients(gradients(run), plain)
     run.model.eval()
     users, ends = data.valid
-    ranks = reference.ranks(run.model, data.features, padded(data, Plan(0, users, ends)))  # type: ignore[arg-type]
+    ranks = reference.ranks(run.model, data.features, padded(data, Plan.of_one(0, users, ends)))  # type: ignore[arg-type]
     np.testing.assert_array_equal(evaluate(run.model, data, users, ends, run.device), ranks.numpy())

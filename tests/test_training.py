@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmm4rec.config import from_dict
-from mmm4rec.data.batches import Batch, DomainData, Plan, plan_epoch
+from mmm4rec.data.batches import Batch, DomainData
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
+from mmm4rec.data.sampler import Plan
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.inference import open_model, recommend
@@ -74,7 +76,7 @@ def test_rank_counts_higher_scores_and_half_of_the_ties() -> None:
     assert found.tolist() == [1 + 1 + 1.0, 1.0]  # one higher, two ties
     domain = Domain(Path("two"), {"name": "two", "items": 5}, np.array([0, 2, 4]), np.array([1, 3, 1, 5]), None)
     users, ends = domain.examples("all")
-    data = DomainData(domain, ItemFeatures(5, {}, {}, {}), (users, ends), (users, ends), max_len=8, time=False)
+    data = DomainData(domain, ItemFeatures(5, {}, {}, {}), domain.examples("all"), domain.examples("all"), max_len=8, time=False)
     assert evaluate(Told(scores), data, users, ends, torch.device("cpu")).tolist() == found.tolist()  # padding's 9 is no candidate
 
 
@@ -105,7 +107,7 @@ def in_float64(config: RunConfig) -> Run:
 
 def dense_loss(run: Run, plan: Plan) -> Tensor:
     """The loss of a micro-batch, summed, by autograd: a column an item, or in-batch a column an example."""
-    batch, catalogue = run.data[0].batch(plan.users, plan.ends), run.model.items(run.data[0].features)
+    batch, catalogue = run.data[0].batch(plan.shares[0].users, plan.shares[0].ends), run.model.items(run.data[0].features)
     scores, targets = run.model.scores(run.model.users(batch, catalogue), catalogue), batch.targets
     if run.config.loss == "full":
         first = 0 if run.quirks.padding_class else 1
@@ -126,12 +128,12 @@ def test_a_step_is_the_sum_of_its_micro_batches_dense_losses(
     monkeypatch.setattr("mmm4rec.data.batches.POSITIONS_AT_ONCE", {"cpu": 100})
     run = in_float64(tiny(make_domain(), model={"dropout": 0.0, "quirks": quirks}, training={"loss": loss}))
     users, ends = run.data[0].train
-    plans = [Plan(0, users[first : first + 40], ends[first : first + 40]) for first in (0, 40, 80)]
+    plans = [Plan.of_one(0, users[first : first + 40], ends[first : first + 40]) for first in (0, 40, 80)]
     expected = torch.stack([dense_loss(run, plan) for plan in plans]).sum()
     (expected / 120).backward()
     gradients = {name: parameter.grad for name, parameter in run.model.named_parameters() if parameter.grad is not None}
     run.model.zero_grad()
-    assert add_gradient(run, prepare(run, plans, 0)) == pytest.approx(expected.item(), rel=1e-12)
+    assert sum(loss for _, loss in add_gradient(run, prepare(run, plans, 0))) == pytest.approx(expected.item(), rel=1e-12)
     for name, parameter in run.model.named_parameters():
         found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         expected_gradient = gradients.get(name, torch.zeros_like(parameter))
@@ -158,17 +160,6 @@ def test_in_batch_loss_masks_only_an_items_own_duplicates() -> None:
     torch.testing.assert_close(d_users, users.grad, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, vectors.grad[candidates], rtol=1e-12, atol=1e-12)
     assert not vectors.grad[[1, 3]].any()  # items that are no target are no candidates
-
-
-def test_an_epoch_meets_each_example_once(make_domain: Callable[..., Domain]) -> None:
-    examples = [make_domain("a").examples("train"), make_domain("b", seed=1).examples("train")]
-    plans = plan_epoch(examples, 32, seed=3, epoch=2)
-    for number, (users, ends) in enumerate(examples):
-        seen = sorted((u, e) for plan in plans if plan.domain == number for u, e in zip(plan.users, plan.ends, strict=True))
-        assert seen == sorted(zip(users, ends, strict=True))
-    again, other = plan_epoch(examples, 32, seed=3, epoch=2), plan_epoch(examples, 32, seed=3, epoch=3)
-    assert all(np.array_equal(a.users, b.users) for a, b in zip(plans, again, strict=True))
-    assert not all(np.array_equal(a.users, b.users) for a, b in zip(plans, other, strict=True))
 
 
 def test_accumulated_batches_give_the_gradient_of_one(make_domain: Callable[..., Domain]) -> None:
@@ -389,7 +380,7 @@ def test_untrained_models_against_brute_force(make_domain: Callable[..., Domain]
 def _save_gradients(config: RunConfig, file: Path) -> None:
     """The gradients of one optimizer step over the first epoch's first micro-batches."""
     run = assemble(config).run
-    _optimizer_step(run, prepare(run, plan_epoch([data.train for data in run.data], 33, seed=0, epoch=1)[:3], 0))
+    _optimizer_step(run, prepare(run, list(islice(run.sampler.plans(1), 3)), 0), "")
     torch.save({name: parameter.grad for name, parameter in run.model.named_parameters()}, file)
 
 
@@ -403,12 +394,12 @@ def _train_distributed(rank: int, world: int, folder: str, config: RunConfig) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["full", "in_batch", "sampled"])
-def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], tmp_path: Path, loss: str) -> None:
+@pytest.mark.parametrize(("loss", "mixed"), [("full", False), ("in_batch", False), ("in_batch", True), ("sampled", True)])
+def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], tmp_path: Path, loss: str, mixed: bool) -> None:
     """Pre-training over two domains, odd batch sizes, dropout 0: losses and metrics to float tolerance."""
     sources = [make_domain("a"), make_domain("b", seed=1, items=20, modalities=("text",))]
     data = {"examples": "all", "heldout_users": 0.2}
-    training = {"loss": loss, "negatives": 20, "batch_size": 33, "accumulation": 3}
+    training = {"loss": loss, "negatives": 20, "batch_size": 33, "accumulation": 3, "mixed_batches": mixed, "sampling_power": 0.5}
     config = tiny(sources, data=data, model={"dropout": 0.0}, training=training)
     (tmp_path / "two").mkdir()
     _save_gradients(config, tmp_path / "gradients.pt")
@@ -430,12 +421,12 @@ def test_two_workers_give_the_curve_of_one(make_domain: Callable[..., Domain], t
 def test_heldout_users_are_never_trained_on(make_domain: Callable[..., Domain]) -> None:
     domain = make_domain()
     data = assemble(tiny([domain], data={"examples": "all", "heldout_users": 0.25}, model={"ids": False})).run.data[0]
-    held = set(data.valid[0])
+    held = set(data.valid.users)
     assert len(held) == 15
-    assert not held & set(data.train[0])
+    assert not held & set(data.train.users)
     counts = np.diff(domain.offsets)
-    assert len(data.train[0]) == sum(counts[user] - 1 for user in range(60) if user not in held)
-    assert (data.valid[1] == counts[data.valid[0]] - 1).all()
+    assert len(data.train) == sum(counts[user] - 1 for user in range(60) if user not in held)
+    assert (data.valid.first_ends == counts[data.valid.users] - 1).all()
 
 
 def test_shuffled_features_are_the_same_rows_of_other_items(make_domain: Callable[..., Domain]) -> None:

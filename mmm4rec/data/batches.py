@@ -11,7 +11,7 @@ are packed changes no number but the order of dropout.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from mmm4rec.data.at_once import at_once
-from mmm4rec.data.domain import Domain
+from mmm4rec.data.domain import Domain, Examples
 from mmm4rec.data.features import ItemFeatures
 
 POSITIONS_AT_ONCE = {"cpu": 2048, "cuda": 65_536}  # of histories that are encoded together
+COUNTED_AT_ONCE = 2**22  # examples
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class DomainData:
 
     domain: Domain
     features: ItemFeatures  # on the run's device
-    train: tuple[np.ndarray, np.ndarray]  # (users, ends)
-    valid: tuple[np.ndarray, np.ndarray]
+    train: Examples
+    valid: Examples
     max_len: int  # T
     time: bool
     view: TimeView = TimeView()
@@ -231,8 +232,11 @@ class DomainData:
     @cached_property
     def target_counts(self) -> np.ndarray:
         """How often each item 0..I is a training target, [I + 1]."""
-        users, ends = self.train
-        return np.bincount(self.domain.items[self.domain.offsets[users] + ends], minlength=self.domain.n_items + 1)
+        counts = np.zeros(self.domain.n_items + 1, dtype=np.int64)
+        for first in range(0, len(self.train), COUNTED_AT_ONCE):
+            users, ends = self.train.at(np.arange(first, min(first + COUNTED_AT_ONCE, len(self.train))))
+            counts += np.bincount(self.domain.items[self.domain.offsets[users] + ends], minlength=len(counts))
+        return counts
 
     @property
     def fingerprint(self) -> str:
@@ -254,30 +258,6 @@ class DomainData:
     def inputs(self, users: np.ndarray, ends: np.ndarray) -> Batch:
         """The examples without targets, so that `end` may be the length of the history."""
         return make_batch(self.domain, users, ends, max_len=self.max_len, time=self.time, view=self.view, with_targets=False)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The micro-batches of an epoch: which domain, which of its examples. Equal on every worker."""
-
-    domain: int
-    users: np.ndarray
-    ends: np.ndarray
-
-
-def plan_epoch(examples: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int, *, seed: int, epoch: int) -> list[Plan]:
-    """Each domain's examples shuffled and cut into batches of one domain each, the batches then shuffled.
-
-    The order is a function of (seed, epoch) alone, so that a resumed run meets the same batches.
-    """
-    random = np.random.default_rng([seed, epoch])
-    plans = []
-    for domain, (users, ends) in enumerate(examples):
-        order = random.permutation(len(users))
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            plans.append(Plan(domain, users[chosen], ends[chosen]))
-    return [plans[i] for i in random.permutation(len(plans))] if len(examples) > 1 else plans
 
 
 def in_order(users: np.ndarray, ends: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

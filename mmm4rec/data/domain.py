@@ -40,6 +40,27 @@ Split = Literal["train", "valid", "test", "all"]
 
 
 @dataclass(frozen=True)
+class Examples:
+    """The (user, end) pairs of some users, not listed: memory grows with the users alone. Unpacks into all users and all ends."""
+
+    users: np.ndarray  # [U] int64, with at least one example each
+    first_ends: np.ndarray  # [U] int64; a user's further ends follow it one by one
+    stops: np.ndarray  # [U] int64: how many examples the users up to this one have
+
+    def __len__(self) -> int:
+        return int(self.stops[-1]) if len(self.stops) else 0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from self.at(np.arange(len(self)))
+
+    def at(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The users and ends of these examples, [n] int64 each; examples are numbered from 0, user by user."""
+        place = np.searchsorted(self.stops, numbers, side="right")
+        before = np.where(place > 0, self.stops[place - 1], 0)
+        return self.users[place], self.first_ends[place] + numbers - before
+
+
+@dataclass(frozen=True)
 class Domain:
     """A domain opened from disk; the arrays are memory maps."""
 
@@ -69,22 +90,21 @@ class Domain:
         """The items, row i - 1 for item i: columns `item`, `text`, `image` (a path inside the domain or null)."""
         return pd.read_parquet(self.path / "items.parquet")
 
-    def examples(self, split: Split, users: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """The (user, end) pairs of a split, as two int64 arrays.
+    def examples(self, split: Split, users: np.ndarray | None = None) -> Examples:
+        """The examples of a split: `all` holds every one, the targets of validation and test included (pre-training).
 
-        `all` holds every example, the targets of validation and test included (pre-training).
-        `users` restricts the pairs to these users.
+        `users` restricts them to these users.
         """
         chosen = np.arange(self.n_users) if users is None else np.asarray(users, dtype=np.int64)
-        counts = np.diff(self.offsets)[chosen]
+        lengths = np.diff(self.offsets)[chosen]
         if split in ("valid", "test"):
-            end = counts - (2 if split == "valid" else 1)
-            kept = end >= 1
-            return chosen[kept], end[kept]
-        n_examples = np.maximum(counts - (1 if split == "all" else 3), 0)
-        starts = np.cumsum(n_examples) - n_examples
-        end = np.arange(n_examples.sum()) - np.repeat(starts, n_examples) + 1
-        return np.repeat(chosen, n_examples), end
+            first_ends = lengths - (2 if split == "valid" else 1)
+            counts = (first_ends >= 1).astype(np.int64)
+        else:
+            first_ends = np.ones_like(chosen)
+            counts = np.maximum(lengths - (1 if split == "all" else 3), 0)
+        kept = counts > 0
+        return Examples(chosen[kept], first_ends[kept], np.cumsum(counts[kept]))
 
 
 def open_domain(path: str | Path) -> Domain:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,9 +21,14 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.domain import replacing, write_atomically
 from mmm4rec.errors import BadInput
 from mmm4rec.models.recommender import Recommender
-from mmm4rec.training.loop import EpochReport, Run, RunState
+from mmm4rec.training.loop import EpochReport, Run, RunState, Sums
 
-SCHEMA_VERSION = 2  # 1: before the release's quirks stood in one place
+SCHEMA_VERSION = 2  # of best.safetensors; 1: before the release's quirks stood in one place
+LAST_SCHEMA_VERSION = 3  # of last.ckpt; 2: before a run could be left in the middle of an epoch
+
+
+class BrokenCheckpoint(BadInput):
+    """A file that holds no checkpoint, or half of one."""
 
 
 def identity(description: dict[str, Any]) -> dict[str, Any]:
@@ -39,41 +45,93 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], *, file: Path) ->
         raise BadInput(rule, file=file, remedy="Resume with what it began with, or start anew in another folder.")
 
 
+class RunCheckpoints(Protocol):
+    """Where a run is kept so that it can go on. Used as a context manager: at its end all is written."""
+
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: object) -> None: ...
+
+    def exists(self) -> bool:
+        """Whether there is something to go on from."""
+
+    def load(self, run: Run, description: dict[str, Any]) -> bool:
+        """Put the run where it was left; False where there is nothing. Raises BadInput as `load_last`."""
+
+    def save(self, run: Run, description: dict[str, Any], *, epoch_over: bool) -> None:
+        """Keep the run as it stands, if it is time. Asked after every report."""
+
+
+class LastCheckpoint(nullcontext[None]):
+    """One file, replaced after every epoch."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def exists(self) -> bool:
+        return self._path.exists()
+
+    def load(self, run: Run, description: dict[str, Any]) -> bool:
+        if self.exists():
+            load_last(self._path, run, description)
+            return True
+        return False
+
+    def save(self, run: Run, description: dict[str, Any], *, epoch_over: bool) -> None:
+        if epoch_over:
+            save_last(self._path, run, description)
+
+
 def save_last(path: Path, run: Run, description: dict[str, Any]) -> None:
     """Write all that the run needs to continue, in one atomic move. `description` says which run it is."""
+    write_content(path, content_of(run, description))
+
+
+def content_of(run: Run, description: dict[str, Any]) -> dict[str, Any]:
+    """All that the run needs to continue. Its tensors are the run's own, and change with its next step."""
     state = run.state
-    content = {
-        "schema_version": SCHEMA_VERSION,
+    return {
+        "schema_version": LAST_SCHEMA_VERSION,
         "description": json.dumps(description),
         "model": run.model.state_dict(),
         "optimizer": {} if run.optimizer is None else run.optimizer.state_dict(),
         "best_weights": state.best_weights,
         "optimizer_steps": state.optimizer_steps,
+        "epoch_steps": state.epoch_steps,
+        "epoch_seconds": state.epoch_seconds,
+        "epoch_sums": None if state.epoch_sums is None else to_dict(state.epoch_sums),
+        "first_loss": state.first_loss,
         "best_score": state.best_score,
         "best_epoch": state.best_epoch,
         "history": [to_dict(report) for report in state.history],
     }
+
+
+def write_content(path: Path, content: dict[str, Any]) -> None:
+    """Write what `content_of` gave, in one atomic move."""
     with replacing(path) as file:
         torch.save(content, file)
 
 
 def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
-    """Put the run where `save_last` left it. Raises BadInput when the file is broken or of another run."""
+    """Put the run where `save_last` left it. Raises BrokenCheckpoint, and BadInput when the file is of another run."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = json.loads(content["description"])
     except Exception as error:  # torch.load raises many kinds; all mean that this is no checkpoint of ours
-        raise BadInput(f"is no checkpoint of a run ({error}).", file=path, remedy="Start the run anew in another folder.") from error
-    if content["schema_version"] != SCHEMA_VERSION:
-        raise BadInput(
-            f"has schema_version {content['schema_version']}; this version reads {SCHEMA_VERSION}.", file=path, remedy="Start anew."
-        )
+        rule = f"is no checkpoint of a run ({error})."
+        raise BrokenCheckpoint(rule, file=path, remedy="Start the run anew in another folder.") from error
+    if content["schema_version"] != LAST_SCHEMA_VERSION:
+        rule = f"has schema_version {content['schema_version']}; this version reads {LAST_SCHEMA_VERSION}."
+        raise BadInput(rule, file=path, remedy="Start anew.")
     check_identity(saved, description, file=path)
     run.model.load_state_dict(content["model"])
     if run.optimizer is not None:
         run.optimizer.load_state_dict(content["optimizer"])
     history = [from_dict(EpochReport, report, source=str(path)) for report in content["history"]]
-    run.state = RunState(content["optimizer_steps"], content["best_score"], content["best_epoch"], content["best_weights"], history)
+    sums = None if content["epoch_sums"] is None else from_dict(Sums, content["epoch_sums"], source=str(path))
+    plain = ("optimizer_steps", "epoch_steps", "epoch_seconds", "first_loss", "best_score", "best_epoch", "best_weights")
+    run.state = RunState(**{name: content[name] for name in plain}, epoch_sums=sums, history=history)
 
 
 def save_model(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> str:

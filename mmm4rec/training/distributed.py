@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -18,19 +18,24 @@ def world_size() -> int:
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
-def sum_gradients(parameters: Iterable[Parameter]) -> None:
-    """Replace each gradient by its sum over the workers, in one message; one that no worker has stays absent."""
+def sum_gradients(parameters: Iterable[Parameter], numbers: Sequence[float] = ()) -> list[float]:
+    """Replace each gradient by its sum over the workers, and sum these numbers too, all in one message.
+
+    A gradient that no worker has stays absent. Returns the numbers' sums.
+    """
     if world_size() == 1:
-        return
+        return list(numbers)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    exists = torch.tensor([float(parameter.grad is not None) for parameter in parameters], device=parameters[0].device)
-    distributed.all_reduce(exists, op=distributed.ReduceOp.MAX)
-    used = [parameter for parameter, flag in zip(parameters, exists.tolist(), strict=True) if flag]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    first = parameters[0]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    told = [*(float(parameter.grad is not None) for parameter in parameters), *numbers]
+    flat = torch.cat([*(gradient.flatten() for gradient in gradients), torch.tensor(told, dtype=first.dtype, device=first.device)])
     distributed.all_reduce(flat)
-    for parameter, part in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        parameter.grad = part.view_as(parameter)
+    *parts, told_sums = flat.split([*(p.numel() for p in parameters), len(told)])
+    exists, sums = told_sums[: len(parameters)].tolist(), told_sums[len(parameters) :].tolist()
+    for parameter, part, holders in zip(parameters, parts, exists, strict=True):
+        parameter.grad = part.view_as(parameter) if holders else None
+    return sums
 
 
 def wait_for_all() -> None:
@@ -39,20 +44,16 @@ def wait_for_all() -> None:
         distributed.barrier()
 
 
-def sum_number(value: float) -> float:
-    """The sum of a number over the workers."""
-    return sum(_gather(value))
-
-
 def gather_ordered(values: np.ndarray, total: int) -> np.ndarray:
     """Join what each worker computed for rows rank, rank + W, rank + 2W, ... into all `total` rows."""
     result = np.empty(total, dtype=values.dtype)
-    for worker, part in enumerate(_gather(values)):
+    for worker, part in enumerate(gather(values)):
         result[worker :: world_size()] = part
     return result
 
 
-def _gather(value: object) -> list:
+def gather(value: object) -> list:
+    """What each worker gave, by its number."""
     if world_size() == 1:
         return [value]
     parts: list = [None] * world_size()

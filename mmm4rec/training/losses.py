@@ -78,7 +78,7 @@ def streamed_cross_entropy(
 
     Args: blocks: ranges of items that cover the catalogue; candidates: the vectors [n, D] of such a range, with their
     graph, through which the gradient is carried back at once; targets [B]: items.
-    Returns: the loss summed over the examples and its gradient by the users; memory grows with the largest block alone.
+    Returns: the losses [B] and the gradient of their sum by the users; memory grows with the largest block alone.
     """
     scale = torch.as_tensor(scale, dtype=users.dtype, device=users.device).expand(len(users))[:, None] / temperature
     log_sum, target = users.new_full((len(users), 1), -torch.inf), torch.empty_like(users[:, :1])
@@ -97,7 +97,7 @@ def streamed_cross_entropy(
             d_users[rows].addmm_(share, vectors.detach())
             gradient.addmm_(share.T, users[rows] * scale[rows])
         vectors.backward(gradient)
-    return (log_sum - target).sum(), d_users.mul_(scale)
+    return (log_sum - target)[:, 0], d_users.mul_(scale)
 
 
 def in_batch_weights(counts: np.ndarray) -> np.ndarray:

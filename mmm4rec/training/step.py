@@ -14,16 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmm4rec.data.batches import Batch, DomainData, Plan, cut
+from mmm4rec.data.batches import Batch, DomainData, cut
 from mmm4rec.data.features import ItemFeatures
+from mmm4rec.data.sampler import Plan, Share
 from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
 from mmm4rec.training import distributed
 from mmm4rec.training.losses import cross_entropy, in_batch_weights, sampled_weights, scores_workspace, streamed_cross_entropy
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Examples that are encoded together."""
+    """Examples of one domain that are encoded together."""
 
+    domain: int
     ids: Tensor  # [u] the items of the histories, ascending
     batch: Batch  # its items are rows of `ids`
     scale: Tensor  # [B] what each example's gradient is multiplied with
@@ -43,12 +44,19 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Part:
-    """Examples of one domain, in chunks, whose loss is over the same candidates."""
+class Candidates:
+    """What the examples of a micro-batch are scored against."""
 
-    domain: int
+    items: dict[int, Tensor]  # by domain: [n_d] items, ascending
+    log_weights: Tensor  # [n], of all of them, domain by domain
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples, in chunks, whose loss is over the same candidates."""
+
     chunks: list[Chunk]
-    candidates: tuple[Tensor, Tensor] | None  # [n] items, ascending, and their log_weights [n]; None: all items, alike
+    candidates: Candidates | None  # None: all items of their domain, alike
 
 
 class StepItems:
@@ -93,60 +101,71 @@ class StepItems:
 def prepare(run: Run, plans: Sequence[Plan], optimizer_step: int) -> list[Part]:
     """What this worker reads in an optimizer step over these micro-batches: all that needs no weights, on the run's device.
 
-    Over all items, the micro-batches of a domain are one part. With the quirk `summed_accumulation` an example weighs as in
-    the sum of the micro-batches' means.
+    Over all items, a domain's examples are one part. With the quirk `summed_accumulation` an example weighs as in the sum of
+    the micro-batches' means.
     """
     seeds = np.random.SeedSequence([run.seed, optimizer_step, distributed.rank()])
-    examples = sum(len(plan.users) for plan in plans)
-    mine = slice(distributed.rank(), None, distributed.world_size())
-    parts: list[Part] = []
-    for number, (domain, together) in enumerate(_together(plans, run.config.loss)):
-        users, ends = (np.concatenate([getattr(plan, name)[mine] for plan in together]) for name in ("users", "ends"))
-        weigh = [1 / (len(plan.users) if run.quirks.summed_accumulation else examples) for plan in together]
-        scale = np.repeat(weigh, [len(plan.users[mine]) for plan in together])
-        chunks = [
-            _chunk(run, run.data[domain], users[block], ends[block], scale[block], seeds.spawn(1)[0])
-            for block in cut(np.minimum(ends, run.data[domain].max_len), run.device)
-        ]
-        if chunks:
-            candidates = None if run.config.loss == "full" else _candidates(run, together[0], optimizer_step, number)
-            parts.append(Part(domain, chunks, candidates))
+    total = sum(map(len, plans))
+    weights = [1 / (len(plan) if run.quirks.summed_accumulation else total) for plan in plans]
+
+    def chunks(shares: Sequence[tuple[Share, float]]) -> list[Chunk]:
+        """Of one domain, with what an example of each weighs."""
+        if not shares:
+            return []
+        users, ends = (np.concatenate([getattr(share, name) for share, _ in shares]) for name in ("users", "ends"))
+        scale, domain = np.repeat([weight for _, weight in shares], [len(share.users) for share, _ in shares]), shares[0][0].domain
+        blocks = cut(np.minimum(ends, run.data[domain].max_len), run.device)
+        return [_chunk(run, domain, users[block], ends[block], scale[block], seeds.spawn(1)[0]) for block in blocks]
+
+    mine = [[(_mine(share), weight) for share in plan.shares] for plan, weight in zip(plans, weights, strict=True)]
+    if run.config.loss == "full":
+        of_domains = [[pair for own in mine for pair in own if pair[0].domain == domain] for domain in range(len(run.data))]
+        return [Part(own, None) for own in map(chunks, of_domains) if own]
+    parts = []
+    for number, (plan, own) in enumerate(zip(plans, mine, strict=True)):
+        if together := [chunk for pair in own for chunk in chunks([pair])]:
+            shares = [share for share, _ in own if len(share.users)] if run.config.loss == "in_batch_local" else plan.shares
+            parts.append(Part(together, _candidates(run, shares, np.random.default_rng([run.seed, optimizer_step, number]))))
     return parts
 
 
-def _together(plans: Sequence[Plan], loss: str) -> Iterator[tuple[int, list[Plan]]]:
-    """The domains with the micro-batches whose losses have the same candidates."""
-    by_domain = groupby(sorted(plans, key=attrgetter("domain")), key=attrgetter("domain"))
-    for domain, own in by_domain:
-        for together in [list(own)] if loss == "full" else ([plan] for plan in own):
-            yield domain, together
+def _mine(share: Share) -> Share:
+    """This worker's examples of a share, which all workers see whole."""
+    own = slice(distributed.rank(), None, distributed.world_size())
+    return Share(share.domain, share.users[own], share.ends[own])
 
 
-def _chunk(run: Run, data: DomainData, users: np.ndarray, ends: np.ndarray, scale: np.ndarray, seed: np.random.SeedSequence) -> Chunk:
-    ids, batch = data.batch(users, ends).compact()
+def _chunk(run: Run, domain: int, users: np.ndarray, ends: np.ndarray, scale: np.ndarray, seed: np.random.SeedSequence) -> Chunk:
+    ids, batch = run.data[domain].batch(users, ends).compact()
     dropout_seed = int(seed.generate_state(1, np.uint64)[0])
-    return Chunk(ids.to(run.device), batch.to(run.device), torch.from_numpy(scale).to(run.device), dropout_seed)
+    return Chunk(domain, ids.to(run.device), batch.to(run.device), torch.from_numpy(scale).to(run.device), dropout_seed)
 
 
-def _candidates(run: Run, plan: Plan, optimizer_step: int, number: int) -> tuple[Tensor, Tensor]:
-    """Items [n], ascending, and their log_weights [n]: the targets of a micro-batch, or those and a sample of all items.
+def _candidates(run: Run, shares: Sequence[Share], random: np.random.Generator) -> Candidates:
+    """The targets of these examples, or those and a sample of all items.
 
-    The targets are those of all workers' shares: each worker computes their vectors itself, so that any number of workers
-    gives the gradient of one. An item is drawn with a probability that grows with how often it is a target, + 1, to the
-    power `negative_power`.
+    Where the shares are those of all workers, each worker computes the vectors of all candidates itself, rather than gather
+    them: an item's vector is a few small products, its gradient then needs no way back, and any number of workers gives the
+    gradient of one. With `logq` a target counts for less the more often it is one in the whole of the data. A sampled item is
+    drawn with a probability that grows with how often it is a target, + 1, to the power `negative_power`.
     """
-    data = run.data[plan.domain]
-    targets = data.domain.items[data.domain.offsets[plan.users] + plan.ends].astype(np.int64)
-    items, counts = np.unique(targets, return_counts=True)
-    log_weights = in_batch_weights(counts)
-    if run.config.loss == "sampled":
-        random = np.random.default_rng([run.seed, optimizer_step, plan.domain, number])
-        upper = np.cumsum((data.target_counts[1:] + 1.0) ** run.config.negative_power)  # [I]
-        drawn = 1 + np.searchsorted(upper, random.random(run.config.negatives) * upper[-1], side="right")
-        items = np.union1d(items, drawn)
-        often = np.bincount(np.searchsorted(items, drawn), minlength=len(items))
-        log_weights = sampled_weights(often, np.diff(upper, prepend=0.0)[items - 1] / upper[-1])
-    return torch.from_numpy(items).to(run.device), torch.from_numpy(log_weights).to(run.device)
+    items, log_weights = {}, []
+    for share in shares:
+        data, config = run.data[share.domain], run.config
+        targets = data.domain.items[data.domain.offsets[share.users] + share.ends].astype(np.int64)
+        own, counts = np.unique(targets, return_counts=True)
+        weights = in_batch_weights(counts)
+        if config.loss == "sampled":
+            upper = np.cumsum((data.target_counts[1:] + 1.0) ** config.negative_power)  # [I]
+            drawn = 1 + np.searchsorted(upper, random.random(config.negatives) * upper[-1], side="right")
+            own = np.union1d(own, drawn)
+            often = np.bincount(np.searchsorted(own, drawn), minlength=len(own))
+            weights = sampled_weights(often, np.diff(upper, prepend=0.0)[own - 1] / upper[-1])
+        elif config.logq:
+            weights = sampled_weights(counts, data.target_counts[own] / len(data.train))
+        items[share.domain] = torch.from_numpy(own).to(run.device)
+        log_weights.append(weights)
+    return Candidates(items, torch.from_numpy(np.concatenate(log_weights)).to(run.device))
 
 
 def ahead(prepared: Iterator[list[Part]], device: torch.device) -> Iterator[list[Part]]:
@@ -161,59 +180,75 @@ def ahead(prepared: Iterator[list[Part]], device: torch.device) -> Iterator[list
             yield parts
 
 
-def add_gradient(run: Run, parts: Sequence[Part]) -> float:
+def add_gradient(run: Run, parts: Sequence[Part]) -> list[tuple[Chunk, float]]:
     """Add the gradient of the mean loss over a step's examples, this worker's part of it, to the parameters' gradients.
 
-    Returns the loss summed over this worker's examples.
+    Returns each chunk with the loss summed over its examples.
     """
-    loss = torch.zeros((), dtype=torch.float64, device=run.device)
-    for domain, own in groupby(parts, key=attrgetter("domain")):
-        data = run.data[domain]
-        if run.config.loss != "full":
-            loss += _over_candidates(run, data, list(own))
-        elif data.features.one_block:
-            loss += _over_catalogue(run, data, next(own))
-        else:
-            loss += _over_streamed_catalogue(run, data, next(own))
-    return float(loss)
+    if run.config.loss != "full":
+        losses = _over_candidates(run, parts)
+    else:
+        losses = []
+        for part in parts:
+            data = run.data[part.chunks[0].domain]
+            losses += (_over_catalogue if data.features.one_block else _over_streamed_catalogue)(run, data, part)
+    if not losses:
+        return []
+    values = torch.stack([loss.double() for _, loss in losses]).tolist()  # a GPU is waited for once
+    return [(chunk, value) for (chunk, _), value in zip(losses, values, strict=True)]
 
 
-def _over_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
+ChunkLosses = list[tuple[Chunk, Tensor]]
+
+
+def _over_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLosses:
     """The loss over all items, whose vectors are computed at once."""
     items, first = StepItems(run.model, data.features), 0 if run.quirks.padding_class else 1
     candidates, gradient = items.vectors.candidates[first:], items.gradients.candidates[first:]
-    loss, workspace = candidates.new_zeros(()), scores_workspace(candidates)
-    for chunk in part.chunks:
-        loss += _through(run, items, chunk, candidates, chunk.batch.targets - first, gradient=gradient, workspace=workspace)
+    workspace = scores_workspace(candidates)
+    losses = [
+        (chunk, _through(run, items, chunk, candidates, chunk.batch.targets - first, gradient=gradient, workspace=workspace))
+        for chunk in part.chunks
+    ]
     items.carry_back()
-    return loss
+    return losses
 
 
-def _over_candidates(run: Run, data: DomainData, parts: Sequence[Part]) -> Tensor:
-    """The loss of each part over its own candidates."""
-    of_parts = [part.candidates for part in parts if part.candidates is not None]
-    ids = torch.cat([columns for columns, _ in of_parts] + [chunk.ids for part in parts for chunk in part.chunks]).unique()
-    items = StepItems(run.model, data.features, ids)
-    loss, workspace = items.vectors.candidates.new_zeros(()), scores_workspace(items.vectors.candidates)
-    for (columns, log_weights), part in zip(of_parts, parts, strict=True):
-        rows = items.rows(columns)
-        candidates = items.vectors.candidates[rows]  # [n, D]
+def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
+    """The loss of each part over its own candidates, of whatever domains."""
+    read: dict[int, list[Tensor]] = {}
+    for part in parts:
+        assert part.candidates is not None
+        for domain, ids in [*part.candidates.items.items(), *((chunk.domain, chunk.ids) for chunk in part.chunks)]:
+            read.setdefault(domain, []).append(ids)
+    items = {domain: StepItems(run.model, run.data[domain].features, torch.cat(ids).unique()) for domain, ids in read.items()}
+    losses: ChunkLosses = []
+    workspace = scores_workspace(next(iter(items.values())).vectors.candidates) if items else torch.empty(0)
+    for part in parts:
+        assert part.candidates is not None
+        columns = part.candidates.items
+        rows = {domain: items[domain].rows(ids) for domain, ids in columns.items()}
+        candidates = torch.cat([items[domain].vectors.candidates[own] for domain, own in rows.items()])  # [n, D]
+        firsts = dict(zip(columns, [0, *accumulate(map(len, columns.values()))], strict=False))
         gradient = torch.zeros_like(candidates)
         for chunk in part.chunks:
-            loss += _through(
+            loss = _through(
                 run,
-                items,
+                items[chunk.domain],
                 chunk,
                 candidates,
-                torch.searchsorted(columns, chunk.batch.targets),
-                log_weights=log_weights.to(candidates.dtype),
-                target_weighs_one=not (run.config.loss == "in_batch" and run.quirks.duplicate_negatives),
+                firsts[chunk.domain] + torch.searchsorted(columns[chunk.domain], chunk.batch.targets),
+                log_weights=part.candidates.log_weights.to(candidates.dtype),
+                target_weighs_one=not (run.config.loss.startswith("in_batch") and run.quirks.duplicate_negatives),
                 gradient=gradient,
                 workspace=workspace,
             )
-        items.gradients.candidates.index_add_(0, rows, gradient)
-    items.carry_back()
-    return loss
+            losses.append((chunk, loss))
+        for (domain, own), part_of in zip(rows.items(), gradient.split([len(own) for own in rows.values()]), strict=True):
+            items[domain].gradients.candidates.index_add_(0, own, part_of)
+    for of_domain in items.values():
+        of_domain.carry_back()
+    return losses
 
 
 def _through(run: Run, items: StepItems, chunk: Chunk, candidates: Tensor, targets: Tensor, **told: Any) -> Tensor:
@@ -224,7 +259,7 @@ def _through(run: Run, items: StepItems, chunk: Chunk, candidates: Tensor, targe
     return loss
 
 
-def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
+def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLosses:
     """The loss over all items, whose vectors are computed block by block; every chunk is encoded twice, with the same dropout."""
     model, features, chunks = run.model, data.features, part.chunks
     ids = torch.cat([chunk.ids for chunk in chunks]).unique()
@@ -235,10 +270,11 @@ def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> Tensor:
     blocks = features.blocks()
     if run.quirks.padding_class:
         blocks[0] = slice(0, blocks[0].stop)
-    loss, d_users = streamed_cross_entropy(
+    losses, d_users = streamed_cross_entropy(
         users, blocks, lambda block: model.items(features, block).candidates, targets, temperature=model.temperature, scale=scale
     )
-    for chunk, gradient in zip(chunks, d_users.split([len(chunk.scale) for chunk in chunks]), strict=True):
+    sizes = [len(chunk.scale) for chunk in chunks]
+    for chunk, gradient in zip(chunks, d_users.split(sizes), strict=True):
         items.encode(model, chunk)[1](gradient)
     items.carry_back()
-    return loss
+    return [(chunk, loss.sum()) for chunk, loss in zip(chunks, losses.split(sizes), strict=True)]
