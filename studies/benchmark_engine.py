@@ -27,6 +27,7 @@ from mmm4rec import execute as execution
 from mmm4rec.config import from_dict
 from mmm4rec.data.demo import DemoConfig, write_demo
 from mmm4rec.data.domain import write_atomically
+from mmm4rec.training import checkpoint
 from studies import engine
 from studies.benchmark_cases import in_fresh_process
 from studies.spec import Spec
@@ -116,9 +117,10 @@ def sleeping_trial(config: dict[str, Any]) -> None:
 def timed_trial(config: dict[str, Any]) -> None:
     """A real trial that notes where its time went."""
     began, out = time.time(), _folder(config)
-    with timed(execution, [name for name in PARTS if name != "tell"]) as seconds, timed(engine, ["tell"]) as told:
-        engine.run_trial(config)
-    _note(out, began, seconds | told)
+    with timed(execution, ["assemble", "save_model", "_finish"]) as seconds, timed(checkpoint, ["save_last"]) as saved:
+        with timed(engine, ["tell"]) as told:
+            engine.run_trial(config)
+    _note(out, began, seconds | saved | told)
 
 
 @contextmanager
