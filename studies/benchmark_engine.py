@@ -117,10 +117,13 @@ def sleeping_trial(config: dict[str, Any]) -> None:
 def timed_trial(config: dict[str, Any]) -> None:
     """A real trial that notes where its time went."""
     began, out = time.time(), _folder(config)
-    with timed(execution, ["assemble", "save_model", "_finish"]) as seconds, timed(checkpoint, ["save_last"]) as saved:
-        with timed(engine, ["tell"]) as told:
-            engine.run_trial(config)
-    _note(out, began, seconds | saved | told)
+    with (
+        timed(execution, ["assemble", "save_model", "_finish"]) as own,
+        timed(checkpoint, ["save_last"]) as saved,
+        timed(engine, ["tell"]) as told,
+    ):
+        engine.run_trial(config)
+    _note(out, began, own | saved | told)
 
 
 @contextmanager
