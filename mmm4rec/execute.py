@@ -95,7 +95,7 @@ def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
         "optimizer_steps": state.optimizer_steps,
         "best_optimizer_steps": best.optimizer_steps,
         "valid": best.valid,
-    }
+    } | ({"zero_shot": best.zero_shot} if best.zero_shot else {})
     if "test" in splits:
         result["test"] = mean_metrics(table["rank"].to_numpy() for table in tables if table["split"].iloc[0] == "test")
     if distributed.rank() == 0:

@@ -157,7 +157,7 @@ def run_trial_files(told: dict[str, Any], out: Path, tell: Tell, *, keep: Callab
     """
     try:
         if (out / "result.json").exists():
-            for row in read_curve(out):
+            for row in read_lines(out / "curve.jsonl"):
                 tell({"row": row})
             return _result(out)
         run = from_dict(RunConfig, told["run"], source=f"trial {out.name}")
@@ -194,9 +194,8 @@ def failure_kind(error: BaseException) -> FailureKind:
     return "error"
 
 
-def read_curve(out: Path) -> list[dict[str, Any]]:
-    """The lines of a run's curve; a line that a kill cut short is left out."""
-    file = out / "curve.jsonl"
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's curve.jsonl or steps.jsonl; one that a kill cut short is left out, and no file is no lines."""
     return whole_lines(file.read_bytes() if file.exists() else None)
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import platform
 import socket
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +31,12 @@ from mmm4rec.errors import BadInput
 from mmm4rec.run import RunConfig
 from studies.cells import Cell, nested
 from studies.conductor import Conductor, run_trial_files
+from studies.files import logged
 from studies.places import Places, domain_here, scratch, weights_here
 from studies.spec import Resources
 from studies.state import FailureKind, Trial
 from studies.storage import Storage
 from studies.trial_folder import trial_folder
-
-log = logging.getLogger(__name__)
 
 ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -128,22 +125,6 @@ def run_trial(config: dict[str, Any]) -> None:
 def tell(message: dict[str, Any]) -> None:
     """Ray's loggers want flat metrics; the conductor wants the message as it is."""
     tune.report({"epoch": message.get("row", {}).get("epoch", -1), "message": json.dumps(message)})
-
-
-@contextmanager
-def logged(file: Path) -> Iterator[None]:
-    """Inside, what is logged and warned of goes to the end of a file too."""
-    handler, root = logging.FileHandler(file, encoding="utf-8", delay=True), logging.getLogger()
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {platform.node()} %(levelname)s %(name)s: %(message)s"))
-    logging.captureWarnings(True)
-    root.addHandler(handler)
-    log.warning("trial %s begins or goes on, process %d", file.parent.name, os.getpid())
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-        logging.captureWarnings(False)
 
 
 class StudySearcher(Searcher):

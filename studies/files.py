@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from studies.places import Places
 from studies.state import Journal, Trial
+
+log = logging.getLogger(__name__)
 
 GB = 1e9
 RANKS = "ranks.parquet"  # a confirm trial's ranks by user: among its files, and as an artifact of its run
@@ -48,3 +55,19 @@ def _expendable(trials: Path, journal: Journal) -> list[Path]:
             if trial.outcome != "running" and value < best and file.is_file():
                 found.append((value - best, file))
     return [file for _, file in sorted(found)]
+
+
+@contextmanager
+def logged(file: Path) -> Iterator[None]:
+    """Inside, what is logged and warned of goes to the end of a file too."""
+    handler, root = logging.FileHandler(file, encoding="utf-8", delay=True), logging.getLogger()
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {platform.node()} %(levelname)s %(name)s: %(message)s"))
+    logging.captureWarnings(True)
+    root.addHandler(handler)
+    log.warning("%s begins or goes on, process %d", file.parent.name, os.getpid())
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+        logging.captureWarnings(False)

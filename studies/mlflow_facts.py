@@ -73,6 +73,14 @@ def epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) -> 
     return [Metric(mlflow_name(name), float(value), timestamp_ms, row["optimizer_steps"]) for name, value in values.items()]
 
 
+def step_metrics(row: Mapping[str, Any]) -> list[Metric]:
+    """What optimizer steps of pre-training came to, under `step/`: a line of steps.jsonl."""
+    names = ("gradient_norm", "learning_rate", "workers", "examples_per_second")
+    values = {name: row[name] for name in names} | {"examples_per_second_per_worker": row["examples_per_second"] / row["workers"]}
+    values |= {"loss": row["train_loss"]} | {f"loss {domain}": loss for domain, loss in row["domain_losses"].items()}
+    return [Metric(mlflow_name(f"step {name}"), float(value), row["at_ms"], row["optimizer_steps"]) for name, value in values.items()]
+
+
 def result_metrics(result: Mapping[str, Any], steps: int, timestamp_ms: int) -> list[Metric]:
     """The metrics at the best epoch, at that epoch's optimizer step; and the most memory that the run held."""
     values = {f"best_valid {name}": value for name, value in result["valid"].items()}

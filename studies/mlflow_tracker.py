@@ -22,7 +22,7 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from studies.cells import Cell, flat
 from studies.files import KEPT
-from studies.mlflow_facts import cell_facts, cell_tags, epoch_metrics, note, result_metrics, result_tags, trial_params
+from studies.mlflow_facts import cell_facts, cell_tags, epoch_metrics, note, result_metrics, result_tags, step_metrics, trial_params
 from studies.mlflow_store import fold_wal, is_away, is_database, open_store, search, shown, store_uri
 from studies.outbox import Outbox
 from studies.spec import Spec
@@ -47,6 +47,7 @@ class MlflowTracker:
         self._cells = {cell.name: cell for cell in cells}
         self._runs: dict[tuple[str, str], str] = {}  # (phase, key) -> run id, of runs that are not over
         self._doubtful: set[tuple[str, str]] = set()  # whose creation failed: they may exist all the same
+        self._pretrain_steps = 0  # of pre-training, whose reports MLflow has from this process
         self._logged: dict[str, int] = {}  # trial_key -> epochs in MLflow, of trials that run
         self._outbox = Outbox("MLflow", is_away=is_away, in_words=lambda error: shown(error, self._uri), at_end=self._let_go)
 
@@ -75,9 +76,9 @@ class MlflowTracker:
         """Something is new about this trial."""
         self._outbox.put(("trial", trial_key), partial(self._mirror, trial_key))
 
-    def pretraining(self, curve: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None) -> None:
-        """The lines of pre-training's curve, and its result when it is over."""
-        self._outbox.put("pretrain", lambda: self._mirror_pretraining(curve, result))
+    def pretraining(self, curve: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None) -> None:
+        """The lines of pre-training's curve.jsonl and steps.jsonl so far, and its result when it is over."""
+        self._outbox.put("pretrain", lambda: self._mirror_pretraining(curve, steps, result))
 
     def ledger(self, cell_name: str, values: Mapping[str, float]) -> None:
         """What the cell was given and has used, as metrics `ledger/<name>` of its run."""
@@ -201,7 +202,9 @@ class MlflowTracker:
     def _begun_ms(self) -> int:
         return int(self._journal.fact("begun_ms") or now_ms())
 
-    def _mirror_pretraining(self, curve: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None) -> None:
+    def _mirror_pretraining(
+        self, curve: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]], result: Mapping[str, Any] | None
+    ) -> None:
         name, begun_ms = "pretrain", self._begun_ms()
         run = self._run(name, name, name=name, start_ms=begun_ms, tags={}, parent=self._study_run())
         seconds, metrics, steps = 0.0, [], {}
@@ -209,7 +212,9 @@ class MlflowTracker:
             seconds += row["train_seconds"] + row["valid_seconds"]
             steps[row["epoch"]] = row["optimizer_steps"]
             metrics += epoch_metrics(row, seconds, begun_ms + int(seconds * 1000))
-        self._write(run, metrics=metrics)
+        fresh = [row for row in reports if row["optimizer_steps"] > self._pretrain_steps]
+        self._write(run, metrics=metrics + [metric for row in fresh for metric in step_metrics(row)])
+        self._pretrain_steps = fresh[-1]["optimizer_steps"] if fresh else self._pretrain_steps
         if result is not None:
             ended_ms = begun_ms + int(seconds * 1000)
             best = result_metrics(result, steps.get(result["best_epoch"], 0), ended_ms)

@@ -2,17 +2,20 @@
 
     python studies/pretrain.py --spec demo      # transfer_sweep.py goes on from what this leaves
 
-What Ray keeps is not needed: a restarted worker, and a second call after a kill, go on from `last.ckpt`.
+What Ray keeps is not needed: restarted workers, as many as there are, and a second call after a kill go on from the newest
+whole checkpoint on the storage. The result, `pretrain/model/`, is a folder that MMM4Rec.from_pretrained reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import sys
 import threading
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +25,31 @@ if __package__ in (None, ""):  # run as a file: the repository's root, not studi
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from tqdm import tqdm
 
 from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
+from mmm4rec.models.hub import WEIGHTS
+from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.run import RunConfig
+from mmm4rec.training.checkpoint import load_model
+from mmm4rec.training.loop import EpochReport
 from studies.cells import Source
-from studies.conductor import read_curve, whole_lines
+from studies.checkpoints import RecentCheckpoints, newest_steps
+from studies.conductor import read_lines, whole_lines
+from studies.files import logged
 from studies.mlflow_tracker import MlflowTracker
 from studies.places import Places, domain_here, scratch
 from studies.spec import Spec, add_arguments, told_spec
 from studies.storage import Storage
 
+log = logging.getLogger(__name__)
+
 WATCH_SECONDS = 2.0
-FILES = ("last.ckpt", "best.safetensors", "curve.jsonl", "result.json")  # in the order in which they are put back
+FILES = ("best.safetensors", "curve.jsonl", "steps.jsonl", "log.txt", "result.json")  # in the order in which they are put back
+CHECKPOINTS, MODEL = "checkpoints", "model"  # folders
+STEPS_BETWEEN_REPORTS = 10
 
 
 def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
@@ -44,15 +58,35 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
     unknown = sorted(set(spec.pretrain.sources) - set(sources))
     if unknown:
         raise BadInput(f"pre-training names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
+    model = merge(merge(spec.model, {"ids": False}), spec.pretrain.model)
     told = {
-        "data": {"domains": [sources[name].path for name in spec.pretrain.sources], "examples": "all", "mask_seen": spec.mask_seen},
-        "model": merge(spec.model, spec.pretrain.model),
-        "training": merge({"loss": "in_batch"}, spec.pretrain.training),
+        "data": {
+            "domains": [sources[name].path for name in spec.pretrain.sources],
+            "zero_shot": [] if model["ids"] or not spec.pretrain.zero_shot else _zero_shot(spec, sources),
+            "examples": "all",
+            "mask_seen": spec.mask_seen,
+        },
+        "model": model,
+        "training": merge({"loss": "in_batch", "steps_between_reports": STEPS_BETWEEN_REPORTS, "divergence": 3.0}, spec.pretrain.training),
         "seed": spec.seed,
         "device": "cuda" if spec.resources.gpus else "cpu",
         "test": False,
     }
-    return from_dict(RunConfig, told, source=f"study {spec.study}, pretrain")
+    config = from_dict(RunConfig, told, source=f"study {spec.study}, pretrain")
+    every, reports = spec.pretrain.checkpoint_every_steps, config.training.steps_between_reports
+    if every is not None and (reports == 0 or every % reports):
+        rule = f"pretrain.checkpoint_every_steps is {every}; it must be a multiple of training.steps_between_reports, {reports}."
+        raise BadInput(rule, remedy="Change one of them: a run is saved at its reports.")
+    return config
+
+
+def _zero_shot(spec: Spec, sources: Mapping[str, Source]) -> list[str]:
+    """The folders of the cells' domains that a model of the sources can rank: with features, and times where it reads them."""
+    assert spec.pretrain is not None
+    timed = all(sources[name].has_timestamps for name in spec.pretrain.sources)
+    names = dict.fromkeys(name for group in spec.cells for name in group.domains if name not in spec.pretrain.sources)
+    targets = [sources[name] for name in names if name in sources]
+    return [source.path for source in targets if source.features and (source.has_timestamps or not timed)]
 
 
 def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: MlflowTracker) -> Path | None:
@@ -64,59 +98,89 @@ def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: Ml
         return None
     if spec.pretrain.checkpoint is not None:
         checkpoint = Path(spec.pretrain.checkpoint)
+        checkpoint = checkpoint / WEIGHTS if checkpoint.is_dir() else checkpoint
         if not checkpoint.is_file():
-            raise BadInput("is no file.", file=checkpoint, remedy="Give the path of a best.safetensors in pretrain.checkpoint.")
+            remedy = "Give the path of a best.safetensors, or the folder of a model, in pretrain.checkpoint."
+            raise BadInput("is no file.", file=checkpoint, remedy=remedy)
         return checkpoint.resolve()
     out = (places.folder / "pretrain").resolve()
     if not (out / "result.json").exists():
-        over, place = threading.Event(), places.root.sub("pretrain")
-        watcher = threading.Thread(target=_watch, args=(place, tracker, over), daemon=True)
-        watcher.start()
-        try:
+        place = places.root.sub("pretrain")
+        with _watched(place, tracker):
             _train(spec, sources, places, place)
-        finally:
-            over.set()
-            watcher.join()
         if places.storage is not None:
             place.pull(out, FILES)
-    tracker.pretraining(read_curve(out), json.loads((out / "result.json").read_text(encoding="utf-8")))
+    if not (out / MODEL / WEIGHTS).exists():
+        export(out)
+    tell(tracker, out)
     return out / "best.safetensors"
+
+
+def tell(tracker: MlflowTracker, out: Path) -> None:
+    """Tell MLflow of a pre-training that has ended, whole."""
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    tracker.pretraining(read_lines(out / "curve.jsonl"), read_lines(out / "steps.jsonl"), result)
+
+
+def export(out: Path) -> None:
+    """Make the model's own folder from a run's best.safetensors and result.json: weights, config, card."""
+    weights, description = load_model(out / "best.safetensors")
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    kept = ("valid", "zero_shot", "optimizer_steps", "best_epoch", "best_optimizer_steps", "seed", "device", "code_version", "checkpoint")
+    model = MMM4Rec.described(description, source=str(out))
+    model.load_state_dict(weights)
+    model.description = description | {"result": {name: result[name] for name in kept if name in result}}
+    model.save_pretrained(out / MODEL)
 
 
 def _train(spec: Spec, sources: dict[str, Source], places: Places, place: Storage) -> None:
     assert spec.pretrain is not None
-    config = pretrain_config(spec, sources)
-    used = {name: sources[name] for name in spec.pretrain.sources}
-    published = places.publish(used)
-    domains = [(published[source.path], source.fingerprint) for source in used.values()]
+    told, config = spec.pretrain, pretrain_config(spec, sources)
+    read = {name: source for name, source in sources.items() if source.path in (*config.data.domains, *config.data.zero_shot)}
+    published, prints = places.publish(read), {source.path: source.fingerprint for source in read.values()}
+
+    def where(paths: Sequence[str]) -> list[tuple[str, str]]:
+        return [(published[path], prints[path]) for path in paths]
+
     resources, on_gpu = spec.resources, spec.resources.gpus > 0
     TorchTrainer(
         train_worker,
-        train_loop_config={"run": to_dict(config), "out": place.uri, "domains": domains, "cpus": resources.cpus},
+        train_loop_config={
+            "run": to_dict(config),
+            "out": place.uri,
+            "domains": where(config.data.domains),
+            "zero_shot": where(config.data.zero_shot),
+            "checkpoints": {
+                "keep": told.keep_checkpoints,
+                "every_steps": told.checkpoint_every_steps,
+                "every_seconds": told.checkpoint_every_seconds,
+            },
+            "cpus": resources.cpus,
+        },
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=spec.pretrain.workers,
+            num_workers=told.workers if told.min_workers in (None, told.workers) else (told.min_workers, told.workers),  # type: ignore[arg-type]
             use_gpu=on_gpu,
             resources_per_worker={"CPU": resources.cpus} | ({"GPU": 1} if on_gpu else {}),
         ),
         run_config=ray.train.RunConfig(
             name="pretrain",
             storage_path=places.root.sub("ray").uri,
-            failure_config=ray.train.FailureConfig(max_failures=spec.pretrain.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=told.max_failures),
         ),
     ).fit()
 
 
 def train_worker(config: dict[str, Any]) -> None:
-    """One worker: every rank goes through the same epochs, rank 0 writes the files.
+    """One worker: every rank goes through the same steps, rank 0 writes the files.
 
-    Where they lie in an object store, each rank begins from a copy, and rank 0 puts its own back after each epoch.
+    Where they lie in an object store, rank 0 puts its own back after each epoch; the checkpoints go there by themselves.
     """
     torch.set_num_threads(config["cpus"])
     place, rank = Storage(config["out"]), ray.train.get_context().get_world_rank()
     out = place.path or scratch(place.uri) / f"rank_{rank}"
-    here = {"data": {"domains": [domain_here(domain, fingerprint) for domain, fingerprint in config["domains"]]}}
-    run = from_dict(RunConfig, merge(config["run"], here), source="pre-training")
+    here = {key: [domain_here(domain, fingerprint) for domain, fingerprint in config[key]] for key in ("domains", "zero_shot")}
+    run = from_dict(RunConfig, merge(config["run"], {"data": here}), source="pre-training")
 
     def keep() -> None:
         if place.path is None and rank == 0:
@@ -125,25 +189,58 @@ def train_worker(config: dict[str, Any]) -> None:
     if place.path is None:
         shutil.rmtree(out, ignore_errors=True)
         place.pull(out, FILES)
-    with closing(execute(run, out, resume=True)) as reports:
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoints = RecentCheckpoints(place.sub(CHECKPOINTS), scratch(place.uri) / f"checkpoints_{rank}", **config["checkpoints"])
+    reports = execute(run, out, resume=True, checkpoints=checkpoints)
+    with logged(out / "log.txt") if rank == 0 else nullcontext(), closing(reports):
+        if done := read_lines(out / "steps.jsonl"):
+            log.warning("it had come to step %d", done[-1]["optimizer_steps"])
         for report in reports:
-            keep()
-            ray.train.report({"epoch": report.epoch})
+            if isinstance(report, EpochReport):
+                keep()
+                ray.train.report({"epoch": report.epoch})
     keep()
 
 
+@contextmanager
+def _watched(place: Storage, tracker: MlflowTracker) -> Iterator[None]:
+    """Inside, what pre-training comes to is printed, and passed on to MLflow as far as a checkpoint holds it."""
+    over = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(place, tracker, over), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
+
+
 def _watch(place: Storage, tracker: MlflowTracker, over: threading.Event) -> None:
-    """Print pre-training's epochs, and pass them on, as they appear in its curve."""
-    told = 0
-    while not over.wait(WATCH_SECONDS):
-        curve = whole_lines(place.read("curve.jsonl"))
-        for row in curve[told:]:
-            valid = ", ".join(f"valid {name} {row['valid'][name]:.4f}" for name in ("ndcg@10",) if name in row["valid"])
-            loss = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}, "
-            print(f"[pre-training] epoch {row['epoch']}, {row['optimizer_steps']} steps: {loss}{valid}", flush=True)
-        if len(curve) > told:
-            tracker.pretraining(curve, None)
-            told = len(curve)
+    """What a kill would take away is printed too, and not passed on: it comes again, at another time."""
+    shown, told = -1, -1
+    bar = tqdm(unit=" steps", desc="pre-training", disable=None)
+    with bar:
+        while not over.wait(WATCH_SECONDS):
+            kept = newest_steps(place.sub(CHECKPOINTS))
+            curve, steps = whole_lines(place.read("curve.jsonl")), whole_lines(place.read("steps.jsonl"))
+            if steps:
+                bar.n = steps[-1]["optimizer_steps"]
+                bar.set_postfix_str(f"loss {steps[-1]['train_loss']:.3f}, {steps[-1]['examples_per_second']:,.0f} interactions/s")
+            for row in curve:
+                if row["epoch"] > shown:
+                    bar.write(_epoch_line(row))
+                    shown = row["epoch"]
+            if kept > told:
+                told = kept
+                curve, steps = ([row for row in rows if row["optimizer_steps"] <= kept] for rows in (curve, steps))
+                tracker.pretraining(curve, steps, None)
+
+
+def _epoch_line(row: Mapping[str, Any]) -> str:
+    loss = "" if row["train_loss"] is None else f"loss {row['train_loss']:.4f}, "
+    zero_shot = "".join(f", zero-shot {name} {value:.4f}" for name, value in row["zero_shot"].items())
+    valid = f"valid ndcg@10 {row['valid']['ndcg@10']:.4f}"
+    return f"[pre-training] epoch {row['epoch']}, {row['optimizer_steps']} steps: {loss}{valid}{zero_shot}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -43,7 +43,7 @@ from studies.state import Journal, locked, now_ms
 from studies.storage import Storage
 
 JOURNAL, OPTUNA, MLFLOW = "study.sqlite3", "optuna.sqlite3", "mlflow.db"
-PRETRAIN = ("last.ckpt", "best.safetensors", "curve.jsonl", "result.json")  # in this order
+PRETRAIN = ("best.safetensors", "curve.jsonl", "steps.jsonl", "result.json")  # in this order
 REPORT = ("tables", "figures")  # folders
 SNAPSHOT = "snapshot"  # the place on the storage
 LEASE = "driver.json"

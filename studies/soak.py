@@ -50,6 +50,7 @@ KINDS = {"trial": 4, "driver": 3, "node": 1, "stop": 2}  # how often, relative t
 SHOPS = DemoConfig(
     sources=("bazaar",), targets=("attic", "cellar"), source_users=80, source_items=40, target_users=60, target_items=40, dimensions=8
 )
+TRIAL = b"ImplicitFunc.train"  # in the command line of a trial's process
 DEADLINE_SECONDS = 900  # for a study to end when nothing is killed any more
 STOP_SECONDS = 120  # for a driver to end after SIGTERM
 
@@ -157,7 +158,7 @@ def run_study(soak: Soak, spec: Spec, wanted: int, bar: Any) -> None:
             over = sum(soak.done.values()) >= wanted
             deadline = min(deadline, time.monotonic() + DEADLINE_SECONDS) if over else float("inf")
             pause = DEADLINE_SECONDS if over else soak.draw.expovariate(1 / soak.pause_seconds)
-            if _ended_within(driver, pause):
+            if ended_within(driver, pause):
                 if driver.returncode == 0:
                     return
                 raise Violated(f"the driver ended with status {driver.returncode} on its own:\n{_last_lines(soak, spec)}")
@@ -188,30 +189,34 @@ def start_driver(soak: Soak, spec: Spec) -> subprocess.Popen[bytes]:
 def kill(soak: Soak, kind: str, driver: subprocess.Popen[bytes]) -> bool:
     """Kill something of this kind. Whether there was one. Raises Violated where a driver does not stop."""
     if kind == "trial":
-        workers = trial_processes()
+        workers = processes_below(os.getpid(), TRIAL)
         if not workers:
             return False
         with suppress(ProcessLookupError):
             os.kill(soak.draw.choice(workers), signal.SIGKILL)
     elif kind == "node":
-        soak.cluster.remove_node(
-            soak.draw.choice(sorted(soak.cluster.worker_nodes, key=lambda node: str(node.unique_id))), allow_graceful=False
-        )
-        soak.cluster.add_node(num_cpus=1)
+        replace_node(soak.cluster, soak.draw)
     elif kind == "driver":
         driver.kill()
         driver.wait()
     else:
         driver.terminate()
-        if not _ended_within(driver, STOP_SECONDS):
+        if not ended_within(driver, STOP_SECONDS):
             raise Violated(f"the driver still runs {STOP_SECONDS} s after SIGTERM")
         if driver.returncode not in (0, 1, -signal.SIGTERM):  # the last: before it could listen
             raise Violated(f"the driver ended with status {driver.returncode} after SIGTERM")
     return True
 
 
-def trial_processes() -> list[int]:
-    """The processes below this one in which trials run, as Ray names them."""
+def replace_node(cluster: Any, draw: random.Random) -> None:
+    """Kill a worker node with all its processes; another one joins."""
+    node = draw.choice(sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id)))
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+
+
+def processes_below(top: int, name: bytes) -> list[int]:
+    """The processes below this one whose command line has this in it: Ray names an actor's after what it runs."""
     parents: dict[int, int] = {}
     names: dict[int, bytes] = {}
     for process in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
@@ -220,12 +225,12 @@ def trial_processes() -> list[int]:
             names[int(process.name)] = (process / "cmdline").read_bytes()
 
     def is_below(pid: int) -> bool:
-        return pid == os.getpid() or (pid in parents and is_below(parents[pid]))
+        return pid == top or (pid in parents and is_below(parents[pid]))
 
-    return sorted(pid for pid, name in names.items() if b"ImplicitFunc.train" in name and is_below(pid))
+    return sorted(pid for pid, told in names.items() if name in told and is_below(pid))
 
 
-def _ended_within(driver: subprocess.Popen[bytes], seconds: float) -> bool:
+def ended_within(driver: subprocess.Popen[bytes], seconds: float) -> bool:
     with suppress(subprocess.TimeoutExpired):
         driver.wait(timeout=seconds)
         return True

@@ -68,10 +68,21 @@ class Pretrain:
     checkpoint: str | None = None
     model: dict[str, Any] = field(default_factory=dict)  # on top of the study's model
     training: dict[str, Any] = field(default_factory=dict)
+    zero_shot: bool = True  # rank the validation examples of the cells' domains after every epoch
     workers: int = 1
-    max_failures: int = 2  # restarts from the last checkpoint
+    min_workers: int | None = None  # go on with as few where machines are lost, and grow back; None: only with all
+    max_failures: int = 8  # restarts from the newest checkpoint
+    checkpoint_every_steps: int | None = 100
+    checkpoint_every_seconds: float | None = None  # where both are given: whichever is due
+    keep_checkpoints: int = 3
 
     def __post_init__(self) -> None:
+        if self.workers < 1 or not 1 <= (self.min_workers or 1) <= self.workers:
+            raise ValueError(
+                f"workers is {self.workers} and min_workers {self.min_workers}; they must be at least 1, and min_workers no more."
+            )
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}; it must be at least 1.")
         if bool(self.sources) == (self.checkpoint is not None):
             raise ValueError("needs either sources or checkpoint.")
 

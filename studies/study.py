@@ -22,7 +22,7 @@ from mmm4rec.data.domain import write_atomically
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import code_version
 from studies.cells import Cell, Source, build_cells
-from studies.conductor import Conductor, failure_kind, read_curve
+from studies.conductor import Conductor, failure_kind
 from studies.domains import make_domains
 from studies.engine import run_cells, run_config, start_ray
 from studies.files import tidy
@@ -33,7 +33,7 @@ from studies.mounts import refuse_network_disk
 from studies.outbox import NotWritten
 from studies.places import Places
 from studies.plan import Plan
-from studies.pretrain import pretrain, pretrain_config
+from studies.pretrain import pretrain, pretrain_config, tell
 from studies.progress import Progress
 from studies.snapshots import JOURNAL, Lease, Snapshots, restore
 from studies.space import walk
@@ -80,9 +80,8 @@ class Study:
 
     def tell_pretraining(self) -> None:
         """Tell MLflow of a pre-training that has ended: it may have been away when it did."""
-        out = self.folder / "pretrain"
-        if (out / "result.json").is_file():
-            self.tracker.pretraining(read_curve(out), json.loads((out / "result.json").read_text(encoding="utf-8")))
+        if (self.folder / "pretrain" / "result.json").is_file():
+            tell(self.tracker, self.folder / "pretrain")
 
     def conductor(self) -> Conductor:
         """What hands out this study's trials."""
@@ -187,6 +186,7 @@ def _settle_all(
     if spec.pretrain is not None and spec.pretrain.sources:
         config = to_dict(pretrain_config(spec, dict(sources)))
         config["data"]["domains"] = {name: [sources[name].fingerprint, sources[name].features] for name in spec.pretrain.sources}
+        config["data"].pop("zero_shot")  # looked at on the way
         facts[PRETRAINING] = {key: value for key, value in config.items() if key != "device"}
     facts |= {f"cell {cell.name}": _cell_facts(cell) for cell in cells}
     settle(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
+from studies.soak import processes_below
 from studies.spec import Spec
 from studies.state import Journal
 from studies.suggestions import Suggestions, sqlite_url
@@ -44,20 +44,6 @@ def start(folder: Path, **changes: object) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "studies" / "transfer_sweep.py"), "--spec", str(spec), "--out", str(folder)]
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder)
-
-
-def trial_workers(driver: int) -> list[int]:
-    """The processes below this one that run trials."""
-    parents, names = {}, {}
-    for process in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
-        with suppress(OSError):
-            parents[int(process.name)] = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-            names[int(process.name)] = (process / "cmdline").read_bytes()
-
-    def is_below(pid: int) -> bool:
-        return pid == driver or (pid in parents and is_below(parents[pid]))
-
-    return [pid for pid, name in names.items() if b"ImplicitFunc.train" in name and is_below(pid)]
 
 
 def ended(folder: Path) -> dict[str, tuple]:
@@ -108,7 +94,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path: Pa
     killed: list[int] = []
     while driver.poll() is None and not killed:
         if any((tmp_path / "tiny" / "trials").glob("*/last.ckpt")):
-            killed = trial_workers(driver.pid)[:1]
+            killed = processes_below(driver.pid)[:1]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     output, _ = driver.communicate(timeout=240)

@@ -14,17 +14,19 @@ tables and per-item fusion start anew in a new domain. `ModelConfig.published()`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmm4rec.config import from_dict
 from mmm4rec.data.batches import Batch, Packing
 from mmm4rec.data.features import MODALITIES, ItemFeatures, Modality
 from mmm4rec.models.blocks import Activation, CrossSSD, FeedForward, FourierFilter, SSDConfig, TimeSSD, TimeStep
 from mmm4rec.models.dropout import Dropout
+from mmm4rec.models.hub import HubModel
 from mmm4rec.models.quirks import NONE, Quirks
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 from mmm4rec.models.ssd import Implementation
@@ -209,7 +211,7 @@ class Layer(nn.Module):
         return self.cross_norm(self.dropout(crossed) + image + text)
 
 
-class MMM4Rec(Recommender):
+class MMM4Rec(HubModel, Recommender):
     """The model of one or many domains; features come with each call, ids belong to the one domain of `n_items`."""
 
     def __init__(self, config: ModelConfig, *, feature_dimensions: dict[Modality, int], n_items: int | None = None) -> None:
@@ -234,6 +236,12 @@ class MMM4Rec(Recommender):
         self.time_input = TimeInput(config) if config.time else None
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self._initialise()
+
+    @classmethod
+    def described(cls, description: dict[str, Any], *, source: str) -> MMM4Rec:
+        """The model that a best.safetensors or a config.json describes, without its weights."""
+        config = replace(from_dict(ModelConfig, description["config"]["model"], source=source), scan="auto")  # not its first machine's
+        return cls(config, feature_dimensions=description["feature_dimensions"], n_items=description["n_items"])
 
     def _initialise(self) -> None:
         """The published start: linear layers N(0, 0.02) without bias; convolutions and scan as their blocks set them."""

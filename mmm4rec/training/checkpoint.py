@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
+from torch.optim import Optimizer
 
 from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.domain import replacing, write_atomically
@@ -24,6 +27,7 @@ from mmm4rec.models.recommender import Recommender
 from mmm4rec.training.loop import EpochReport, Run, RunState, Sums
 
 SCHEMA_VERSION = 2  # of best.safetensors; 1: before the release's quirks stood in one place
+PACKED_NUMBERS = 2**16  # tensors up to this size are packed
 LAST_SCHEMA_VERSION = 3  # of last.ckpt; 2: before a run could be left in the middle of an epoch
 
 
@@ -32,8 +36,11 @@ class BrokenCheckpoint(BadInput):
 
 
 def identity(description: dict[str, Any]) -> dict[str, Any]:
-    """What must be equal for a run to go on: config, domains, features and initial weights, wherever they lie on disk."""
-    config = {**description["config"], "init": None, "data": {**description["config"]["data"], "domains": None}}
+    """What must be equal for a run to go on: config, domains, features and initial weights, wherever they lie on disk.
+
+    What is only looked at on the way, `zero_shot`, may change.
+    """
+    config = {**description["config"], "init": None, "data": {**description["config"]["data"], "domains": None, "zero_shot": None}}
     return {"config": config, **{key: description[key] for key in ("fingerprints", "features", "init")}}
 
 
@@ -93,9 +100,9 @@ def content_of(run: Run, description: dict[str, Any]) -> dict[str, Any]:
     return {
         "schema_version": LAST_SCHEMA_VERSION,
         "description": json.dumps(description),
-        "model": run.model.state_dict(),
-        "optimizer": {} if run.optimizer is None else run.optimizer.state_dict(),
-        "best_weights": state.best_weights,
+        "model": _packed(run.model.state_dict()),
+        "optimizer": {} if run.optimizer is None else _packed_state(run.optimizer),
+        "best_weights": _packed(state.best_weights),
         "optimizer_steps": state.optimizer_steps,
         "epoch_steps": state.epoch_steps,
         "epoch_seconds": state.epoch_seconds,
@@ -105,6 +112,46 @@ def content_of(run: Run, description: dict[str, Any]) -> dict[str, Any]:
         "best_epoch": state.best_epoch,
         "history": [to_dict(report) for report in state.history],
     }
+
+
+def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Tensors by name with the small ones in one piece a dtype: a file of hundreds of small tensors takes ten times as long."""
+    large = {name: tensor for name, tensor in tensors.items() if tensor.numel() > PACKED_NUMBERS}
+    small: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name not in large:
+            small.setdefault(str(tensor.dtype), {})[name] = tensor.detach()
+    pieces = [
+        {
+            "shapes": {name: list(tensor.shape) for name, tensor in own.items()},
+            "values": torch.cat([part.flatten() for part in own.values()]),
+        }
+        for own in small.values()
+    ]
+    return {"large": large, "pieces": pieces}
+
+
+def _unpacked(packed: dict[str, Any]) -> dict[str, Tensor]:
+    """What `_packed` was given, in another order."""
+    tensors = dict(packed["large"])
+    for piece in packed["pieces"]:
+        parts = piece["values"].split([math.prod(shape) for shape in piece["shapes"].values()])
+        tensors |= {name: part.view(shape).clone() for (name, shape), part in zip(piece["shapes"].items(), parts, strict=True)}
+    return tensors
+
+
+def _packed_state(optimizer: Optimizer) -> dict[str, Any]:
+    told = optimizer.state_dict()
+    state = {f"{number} {name}": tensor for number, own in told["state"].items() for name, tensor in own.items()}
+    return {"groups": told["param_groups"], "state": _packed(state)}
+
+
+def _unpacked_state(packed: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in _unpacked(packed["state"]).items():
+        number, _, name = key.partition(" ")
+        state.setdefault(int(number), {})[name] = tensor
+    return {"param_groups": packed["groups"], "state": state}
 
 
 def write_content(path: Path, content: dict[str, Any]) -> None:
@@ -125,13 +172,14 @@ def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
         rule = f"has schema_version {content['schema_version']}; this version reads {LAST_SCHEMA_VERSION}."
         raise BadInput(rule, file=path, remedy="Start anew.")
     check_identity(saved, description, file=path)
-    run.model.load_state_dict(content["model"])
+    run.model.load_state_dict(_unpacked(content["model"]))
     if run.optimizer is not None:
-        run.optimizer.load_state_dict(content["optimizer"])
+        run.optimizer.load_state_dict(_unpacked_state(content["optimizer"]))
     history = [from_dict(EpochReport, report, source=str(path)) for report in content["history"]]
     sums = None if content["epoch_sums"] is None else from_dict(Sums, content["epoch_sums"], source=str(path))
-    plain = ("optimizer_steps", "epoch_steps", "epoch_seconds", "first_loss", "best_score", "best_epoch", "best_weights")
-    run.state = RunState(**{name: content[name] for name in plain}, epoch_sums=sums, history=history)
+    plain = ("optimizer_steps", "epoch_steps", "epoch_seconds", "first_loss", "best_score", "best_epoch")
+    best_weights = _unpacked(content["best_weights"])
+    run.state = RunState(**{name: content[name] for name in plain}, epoch_sums=sums, history=history, best_weights=best_weights)
 
 
 def save_model(path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]) -> str:

@@ -78,7 +78,9 @@ class StepReport:
     domain_losses: dict[str, float]  # the same, of each domain that had examples
     gradient_norm: float  # of the last step
     learning_rate: float
-    examples_per_second: float  # of all workers together
+    examples_per_second: float  # of all workers together; an example is one interaction that is predicted
+    workers: int
+    at_ms: int  # Unix time, milliseconds
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,8 @@ def _step_report(run: Run, epoch: int, sums: Sums, norm: float, *, seconds: floa
         gradient_norm=norm,
         learning_rate=run.optimizer.param_groups[0]["lr"],
         examples_per_second=sum(sums.examples) / seconds,
+        workers=distributed.world_size(),
+        at_ms=time.time_ns() // 1_000_000,
     )
 
 
