@@ -124,14 +124,16 @@ def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping
 
 def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: int | None) -> Cell:
     arm, budget = spec.arms[arm_name], spec.budget
-    trained = arm.recommender == "mmm4rec"
+    trained = arm.recommender == "mmm4rec" and not arm.zero_shot
     model = merge(merge(spec.model, {} if depth is None else {"layers": depth}), arm.model)
+    if arm.zero_shot:
+        model["ids"] = False
     if not source.has_timestamps:
         model["time"] = False
     if forbidden := {"epochs", "valid_metric"} & set(arm.training):
         rule = f"arm '{arm_name}' sets training.{min(forbidden)}, which is the same for every arm."
         raise BadInput(rule, remedy="Write budget.epochs or metric for the whole study.")
-    training = merge(merge(spec.training, arm.training), {"epochs": budget.epochs, "valid_metric": spec.metric})
+    training = merge(merge(spec.training, arm.training), {"epochs": 0 if arm.zero_shot else budget.epochs, "valid_metric": spec.metric})
     space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
     if not from_dict(ModelConfig, model, source=f"cell {domain}/{arm_name}").has_filter:
         if arm.space.get(FILTER_SIZE) is not None:

@@ -61,6 +61,7 @@ def _expendable(trials: Path, journal: Journal) -> list[Path]:
 def logged(file: Path) -> Iterator[None]:
     """Inside, what is logged and warned of goes to the end of a file too."""
     handler, root = logging.FileHandler(file, encoding="utf-8", delay=True), logging.getLogger()
+    handler.setLevel(logging.WARNING)  # libraries say much more
     handler.setFormatter(logging.Formatter(f"%(asctime)s {platform.node()} %(levelname)s %(name)s: %(message)s"))
     logging.captureWarnings(True)
     root.addHandler(handler)

@@ -93,10 +93,15 @@ class Arm:
 
     init: Literal["pretrained", "scratch"] = "scratch"
     recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
+    zero_shot: bool = False  # the pre-trained model as it is: not trained on the domain, without ids
     shuffle_features: bool = False  # deal the items' features out anew, by the trial's seed
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     space: dict[str, Parameter | None] = field(default_factory=dict)  # over the study's space; null takes one away
+
+    def __post_init__(self) -> None:
+        if self.zero_shot and (self.init != "pretrained" or self.recommender != "mmm4rec"):
+            raise ValueError("zero_shot needs init: pretrained, and no other recommender.")
 
 
 @dataclass(frozen=True)

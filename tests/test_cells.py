@@ -159,3 +159,18 @@ def test_other_features_are_another_study_and_a_domain_without_any_is_named(make
 def test_on_takes_names_of_folders(name: str) -> None:
     with pytest.raises(BadInput, match="no folder right under --data"):
         on_domains(spec(pretrain=None, arms={"scratch": {}}, cells=[{"domains": ["x"], "arms": ["scratch"]}]), [name])
+
+
+def test_a_zero_shot_arm_is_the_pre_trained_model_untrained() -> None:
+    """One trial, nothing searched, no epochs, no ids; it needs something to begin from."""
+    arms = {"zero_shot": {"init": "pretrained", "zero_shot": True}, "pretrained": {"init": "pretrained"}}
+    cells, _ = build_cells(
+        spec(pretrain={"sources": ["bazaar"]}, baseline=None, arms=arms, cells=[{"domains": ["x"], "arms": list(arms)}]),
+        {"x": Source("/x", "f", True), "bazaar": Source("/b", "b", True)},
+    )
+    zero_shot, pretrained = cells
+    assert (zero_shot.search_trials, zero_shot.confirm_seeds, zero_shot.space) == (0, 1, {})
+    assert (zero_shot.run["training"]["epochs"], zero_shot.run["model"]["ids"]) == (0, False)
+    assert pretrained.run["training"]["epochs"] > 0
+    with pytest.raises(BadInput, match="zero_shot needs init: pretrained"):
+        spec(baseline=None, arms={"zero_shot": {"zero_shot": True}}, cells=[{"domains": ["x"], "arms": ["zero_shot"]}])
