@@ -1,8 +1,9 @@
 """Shared storage: where a study's files go that must outlive a machine, given once as a folder or a URI.
 
-A folder that every node sees under the same name (NFS and the like) or an object store (`s3://`, `gs://`) serves.
-A file is written whole or not at all: in a folder under another name first, then renamed; in an object store with one
-put, which the store shows when it is complete. So a reader, or a kill, meets the old file or the new one.
+A folder that every node sees under the same name (NFS and the like), an object store (`s3://`, `gs://`), or any other
+place that fsspec knows (`abfs://`, `hdfs://`, ..., with the package that it asks for) serves. A file is written whole or
+not at all: in a folder under another name first, then renamed; in an object store with one put, which the store shows when
+it is complete. So a reader, or a kill, meets the old file or the new one.
 
 Credentials come from the environment, a profile or the machine's role (AWS_*, GOOGLE_APPLICATION_CREDENTIALS), never
 from the URI. A store of one's own: `s3://bucket/place?endpoint_override=10.0.0.5:9000&scheme=http&region=us-east-1`.
@@ -22,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+import fsspec
 import pyarrow as pa
 from pyarrow import fs
 
@@ -125,7 +127,7 @@ class Storage:
                 with (self.path / name).open("r+b") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.delete([name])
-        except OSError as error:  # pyarrow's errors of object stores are OSErrors
+        except (OSError, NotImplementedError) as error:  # pyarrow's errors of object stores are OSErrors; some places can only be read
             remedy = "Check the folder's owner and its mount: locks need NFSv4, or NFSv3 with its lock service."
             if self.path is None:
                 remedy = "Check the bucket's name and region, and the credentials in this node's environment, profile or role."
@@ -138,21 +140,29 @@ class Storage:
         if self.path is not None:
             return fs.LocalFileSystem(), str(self.path)
         try:
-            filesystem, base = fs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise BadInput(
-                f"is no storage ({error}).", file=self.uri, remedy="Write it as s3://bucket/place or gs://bucket/place."
-            ) from error
+            if urlsplit(self.uri).scheme in OBJECT_STORES:
+                filesystem, base = fs.FileSystem.from_uri(self.uri)
+            else:
+                other, base = fsspec.core.url_to_fs(unquote(self.uri))
+                filesystem = fs.PyFileSystem(fs.FSSpecHandler(other))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError, ValueError) as error:
+            remedy = "Write it as s3://bucket/place or gs://bucket/place, or install the package that it asks for."
+            raise BadInput(f"is no storage ({error}).", file=self.uri, remedy=remedy) from error
         return filesystem, base.rstrip("/")
 
     def _key(self, name: str) -> str:
         return f"{self._filesystem[1]}/{_checked(name)}"
 
     def _version(self, name: str) -> Any:
-        """Something that changes when the file is replaced: an object's ETag, or a file's inode and time."""
+        """Something that changes when the file is replaced: an object's ETag, a file's inode, or its time and size."""
         if self.path is not None:
             state = (self.path / name).stat()
             return state.st_ino, state.st_mtime_ns, state.st_size
+        if urlsplit(self.uri).scheme not in OBJECT_STORES:
+            info = self._filesystem[0].get_file_info(self._key(name))
+            if info.type != fs.FileType.File:
+                raise FileNotFoundError(name)
+            return info.mtime_ns, info.size
         with self._filesystem[0].open_input_stream(self._key(name)) as file:
             return file.metadata()
 
@@ -181,11 +191,11 @@ def _parse(uri: str) -> tuple[str, Path | None]:
     if "://" not in uri:
         path = Path(os.path.abspath(Path(uri).expanduser()))  # noqa: PTH100 (resolve() would read the disk)
         return str(path), path
-    remedy = "Give a folder, s3://bucket/place or gs://bucket/place."
+    remedy = "Give a folder, s3://bucket/place, gs://bucket/place, or another place that fsspec knows."
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"  # no key in a message
     if parts.scheme == "file" and not parts.netloc and parts.path.startswith("/"):
         return _parse(unquote(parts.path))
-    if parts.scheme not in OBJECT_STORES:
+    if parts.scheme == "file" or parts.scheme not in (*OBJECT_STORES, *fsspec.available_protocols()):
         raise BadInput(f"is no storage that is known: '{parts.scheme}://'.", file=shown, remedy=remedy)
     if "@" in parts.netloc:
         rule = "carries a key, and a storage's name is written into files."

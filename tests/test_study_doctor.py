@@ -297,7 +297,7 @@ def test_the_table_begins_with_the_worst_node() -> None:
 
 def test_bad_input_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--spec", "unknown", "--out", str(tmp_path)]) == 2
-    assert main(["--storage", "ftp://host/place", "--out", str(tmp_path)]) == 2
+    assert main(["--storage", "odd://host/place", "--out", str(tmp_path)]) == 2
     assert "is no storage that is known" in capsys.readouterr().err
 
 
