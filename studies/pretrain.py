@@ -42,6 +42,7 @@ from studies.files import logged
 from studies.mlflow_tracker import MlflowTracker
 from studies.places import Places, domain_here, scratch
 from studies.spec import Spec, add_arguments, told_spec
+from studies.state import locked
 from studies.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ def train_worker(config: dict[str, Any]) -> None:
     """One worker: every rank goes through the same steps, rank 0 writes the files.
 
     Where they lie in an object store, rank 0 puts its own back after each epoch; the checkpoints go there by themselves.
+    Workers that outlive a killed driver keep the next ones waiting, as in `trial_folder`.
     """
     torch.set_num_threads(config["cpus"])
     place, rank = Storage(config["out"]), ray.train.get_context().get_world_rank()
@@ -186,20 +188,23 @@ def train_worker(config: dict[str, Any]) -> None:
         if place.path is None and rank == 0:
             place.push(out, [name for name in FILES if (out / name).is_file()])
 
-    if place.path is None:
-        shutil.rmtree(out, ignore_errors=True)
-        place.pull(out, FILES)
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoints = RecentCheckpoints(place.sub(CHECKPOINTS), scratch(place.uri) / f"checkpoints_{rank}", **config["checkpoints"])
-    reports = execute(run, out, resume=True, checkpoints=checkpoints)
-    with logged(out / "log.txt") if rank == 0 else nullcontext(), closing(reports):
-        if done := read_lines(out / "steps.jsonl"):
-            log.warning("it had come to step %d", done[-1]["optimizer_steps"])
-        for report in reports:
-            if isinstance(report, EpochReport):
-                keep()
-                ray.train.report({"epoch": report.epoch})
-    keep()
+    lock = out.with_name(f".{out.name}.lock")
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock, wait=True) if rank == 0 else nullcontext():
+        if place.path is None:
+            shutil.rmtree(out, ignore_errors=True)
+            place.pull(out, FILES)
+        out.mkdir(parents=True, exist_ok=True)
+        checkpoints = RecentCheckpoints(place.sub(CHECKPOINTS), scratch(place.uri) / f"checkpoints_{rank}", **config["checkpoints"])
+        reports = execute(run, out, resume=True, checkpoints=checkpoints)
+        with logged(out / "log.txt") if rank == 0 else nullcontext(), closing(reports):
+            if done := read_lines(out / "steps.jsonl"):
+                log.warning("it had come to step %d", done[-1]["optimizer_steps"])
+            for report in reports:
+                if isinstance(report, EpochReport):
+                    keep()
+                    ray.train.report({"epoch": report.epoch})
+        keep()
 
 
 @contextmanager

@@ -43,6 +43,15 @@ def start(out: Path, spec: Spec) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(driver: subprocess.Popen[str]) -> None:
+    try:
+        said, _ = driver.communicate(timeout=270)
+    finally:
+        driver.kill()
+        driver.wait()
+    assert driver.returncode == 0, said
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -51,18 +60,14 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a pre-training on two workers was left alone; `alone` is its study."""
     out = tmp_path_factory.mktemp("pretrain")
-    driver = start(out, make_spec("alone", EPOCHS, workers=2))
-    said, _ = driver.communicate(timeout=280)
-    assert driver.returncode == 0, said
+    finish(start(out, make_spec("alone", EPOCHS, workers=2)))
     return out
 
 
 @pytest.mark.slow
 def test_one_worker_gives_the_curve_of_two(alone: Path) -> None:
     """Losses at every report to float tolerance: 256 examples a step are summed in another order."""
-    driver = start(alone, make_spec("one", EPOCHS, workers=1))
-    said, _ = driver.communicate(timeout=280)
-    assert driver.returncode == 0, said
+    finish(start(alone, make_spec("one", EPOCHS, workers=1)))
     two, one = (lines(alone / name / "pretrain" / "steps.jsonl") for name in ("alone", "one"))
     assert {row["workers"] for row in two} == {2}
     assert {row["workers"] for row in one} == {1}
@@ -86,11 +91,9 @@ def test_workers_killed_twice_on_the_way_give_the_same_end(alone: Path) -> None:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
             os.kill(processes_below(driver.pid, WORKER)[0], signal.SIGKILL)
-        said, _ = driver.communicate(timeout=200)
-        assert driver.returncode == 0, said
+        finish(driver)
     finally:
         driver.kill()
-        driver.wait()
     again = check(alone, "killed", kills=2)
     assert 0 <= again <= 2 * 2 * EVERY_STEPS
     assert (alone / "killed" / "pretrain" / "log.txt").read_text().count("begins or goes on") == 3
