@@ -15,7 +15,7 @@ study: install
 	$(VENV)/bin/python studies/transfer_sweep.py --spec demo
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 test-cluster: install  # as root: two nodes made of namespaces, with an sshd each
 	$(VENV)/bin/python tests/cluster/two_nodes.py

@@ -42,6 +42,7 @@ from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from mmm4rec.config import from_dict, to_dict
+from mmm4rec.data.demo import DemoConfig, write_demo
 from studies.mlflow_store import search, store_uri
 from studies.soak import ROOT, ended_within, processes_below, replace_node, small_cluster
 from studies.soak_checks import Violated
@@ -49,7 +50,8 @@ from studies.spec import Spec
 
 KINDS = {"worker": 4, "driver": 2, "node": 2}  # how often, relative to each other
 WORKER = b"RayTrainWorker"  # in the command line of a worker's process
-EVERY_STEPS, BETWEEN_REPORTS = 20, 5
+EVERY_STEPS, BETWEEN_REPORTS = 10, 5
+SHOPS = DemoConfig(targets=("attic",), source_users=120, source_items=60, target_users=60, target_items=40, dimensions=8)
 LIMIT_SECONDS = 1800  # for one pre-training, its kills among it
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # float tolerance of losses and weights
 
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills", type=int, default=20, help="how many kills; default: 20, half an hour or so")
     parser.add_argument("--kills-each", type=int, default=4, help="at most so many of one pre-training; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and the pauses; default: 0")
-    parser.add_argument("--epochs", type=int, default=6, help="of a pre-training; default: 6")
+    parser.add_argument("--epochs", type=int, default=24, help="of a pre-training; default: 24")
     parser.add_argument("--pause", type=float, default=15.0, help="mean seconds between two kills; default: 15")
     parser.add_argument("--out", type=Path, help="a folder for the files, which stay; default: a temporary one, kept only after a failure")
     return parser
@@ -105,7 +107,7 @@ def make_spec(name: str, epochs: int, *, workers: int) -> Spec:
             "sources": ["bazaar", "market", "warehouse"],
             "training": {
                 "epochs": epochs,
-                "batch_size": 128,
+                "batch_size": 32,
                 "accumulation": 2,
                 "learning_rate": 3e-3,
                 "patience": epochs,
@@ -159,10 +161,8 @@ class Killer:
 
 def run(cluster: Any, spec: Spec, out: Path, killer: Killer | None) -> None:
     """Pre-train to the end, with kills. Raises Violated where it gives up."""
-    out.mkdir(parents=True, exist_ok=True)
-    if spec.study != "alone":  # the same domains
-        (out / spec.study).mkdir()
-        shutil.copytree(out / "alone" / "domains", out / spec.study / "domains")
+    (out / spec.study).mkdir(parents=True, exist_ok=True)
+    write_demo(out / spec.study / "domains", config=SHOPS)
     (out / f"{spec.study}.yaml").write_text(yaml.safe_dump(to_dict(spec)), encoding="utf-8")
     driver, deadline = start(cluster, spec, out), time.monotonic() + LIMIT_SECONDS
     try:

@@ -26,17 +26,17 @@ from studies.mlflow_store import search, store_uri
 from studies.pretrain import pretrain_config
 from studies.soak import ROOT, processes_below
 from studies.soak_checks import Violated
-from studies.soak_pretrain import BETWEEN_REPORTS, EVERY_STEPS, WORKER, check, make_spec
+from studies.soak_pretrain import BETWEEN_REPORTS, EVERY_STEPS, SHOPS, WORKER, check, make_spec
 from studies.spec import Pretrain, Spec
 from studies.storage import Storage
 
-EPOCHS = 2
+EPOCHS = 4
 
 
 def start(out: Path, spec: Spec) -> subprocess.Popen[str]:
     if not (out / spec.study / "domains").exists():
         (out / spec.study).mkdir(parents=True, exist_ok=True)
-        write_demo(out / spec.study / "domains")
+        write_demo(out / spec.study / "domains", config=SHOPS)
     (out / f"{spec.study}.yaml").write_text(yaml.safe_dump(to_dict(spec)))
     command = [sys.executable, str(ROOT / "studies" / "pretrain.py"), "--spec", str(out / f"{spec.study}.yaml"), "--out", str(out)]
     environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -66,7 +66,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_one_worker_gives_the_curve_of_two(alone: Path) -> None:
-    """Losses at every report to float tolerance: 256 examples a step are summed in another order."""
+    """Losses at every report to float tolerance: a step's examples are summed in another order."""
     finish(start(alone, make_spec("one", EPOCHS, workers=1)))
     two, one = (lines(alone / name / "pretrain" / "steps.jsonl") for name in ("alone", "one"))
     assert {row["workers"] for row in two} == {2}
@@ -134,7 +134,7 @@ def test_the_soaks_check_sees_damage(alone: Path, damage: str) -> None:
         rows[3]["train_loss"] *= 1.01
     else:
         with (folder / "log.txt").open("a") as log:
-            log.write("x begins or goes on\nx had come to step 90\nx goes on from 0000000020.ckpt\n")
+            log.write("x begins or goes on\nx had come to step 90\nx goes on from 0000000060.ckpt\n")
     (folder / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Violated):
         check(alone, name, kills=1)
