@@ -34,9 +34,9 @@ def sources(make_domain: MakeDomain) -> list[Domain]:
     return [make_domain("a"), make_domain("b", users=25, seed=1, items=20, modalities=("text",))]
 
 
-def pretraining(domains: list[Domain], **training: Any) -> RunConfig:
+def pretraining(domains: list[Domain], *, dropout: float = 0.0, **training: Any) -> RunConfig:
     told = {"batch_size": 32, "accumulation": 3, "loss": "in_batch", "epochs": 3, **training}
-    return tiny(domains, data={"examples": "all", "heldout_users": 0.2}, model={"dropout": 0.0, "ids": False}, training=told)
+    return tiny(domains, data={"examples": "all", "heldout_users": 0.2}, model={"dropout": dropout, "ids": False}, training=told)
 
 
 def losses_of(run: Run, parts: list) -> tuple[float, dict[str, Tensor]]:
@@ -123,8 +123,13 @@ def lines(file: Path, *names: str) -> list[tuple]:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_run_that_is_left_at_any_report_goes_on_as_if_it_had_not_been(make_domain: MakeDomain, tmp_path: Path, mixed: bool) -> None:
-    """In the middle of an epoch: losses, validation, weights and the lines of both files are those of the run that was not cut."""
-    config = pretraining(sources(make_domain), mixed_batches=mixed, sampling_power=0.5, steps_between_reports=2, epochs=2)
+    """In the middle of an epoch: losses, validation, weights and the lines of both files are those of the run that was not cut.
+
+    With dropout, and a sample of the items: what is drawn at random depends on the step, not on where the run was taken up.
+    """
+    loss = "sampled" if mixed else "in_batch"
+    told = {"mixed_batches": mixed, "loss": loss, "negatives": 20, "sampling_power": 0.5, "steps_between_reports": 2, "epochs": 2}
+    config = pretraining(sources(make_domain), dropout=0.3, **told)
     whole = drain(config, tmp_path / "whole")
     place, kept = tmp_path / "cut", EveryReport(tmp_path / "kept.ckpt")
     checkpoints: RunCheckpoints = kept

@@ -183,10 +183,11 @@ def fit(run: Run) -> Generator[EpochReport | StepReport, None, None]:
 def _train_epoch(run: Run, epoch: int) -> Iterator[StepReport]:
     """What is left of one pass over the examples."""
     state, every, size = run.state, run.config.accumulation, len(run.sampler)
+    first_step = state.optimizer_steps
     run.model.train()
     groups = [range(first, min(first + every, size)) for first in range(state.epoch_steps * every, size, every)]
     plans = ([run.sampler.plan(epoch, number) for number in group] for group in groups)
-    prepared = (prepare(run, group, state.optimizer_steps + number) for number, group in enumerate(plans))
+    prepared = (prepare(run, group, first_step + number) for number, group in enumerate(plans))
     since, started, reported = _no_sums(run), time.perf_counter(), time.perf_counter()
     for group, parts in zip(groups, ahead(prepared, run.device), strict=True):
         sums, norm = _optimizer_step(run, parts, f"epoch {epoch}, micro-batches {group.start}-{group.stop - 1}")
