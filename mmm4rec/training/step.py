@@ -130,8 +130,9 @@ def prepare(run: Run, plans: Sequence[Plan], optimizer_step: int) -> list[Part]:
 
 
 def _mine(share: Share) -> Share:
-    """This worker's examples of a share, which all workers see whole."""
-    own = slice(distributed.rank(), None, distributed.world_size())
+    """This worker's examples of a share, which all workers see whole; of many small shares each worker is first in some."""
+    workers = distributed.world_size()
+    own = slice((distributed.rank() + share.domain) % workers, None, workers)
     return Share(share.domain, share.users[own], share.ends[own])
 
 
