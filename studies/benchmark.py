@@ -4,7 +4,8 @@ CPU: a training step against a plain padded implementation of the same maths (te
 max_len, keeps every array, and is nowhere slowed down on purpose) and against the matrix products that the step cannot do
 without; evaluation; the loader; memory. Then large catalogues from memory-mapped features, and long histories. On a machine
 with a CUDA GPU, epochs of the published sizes as well. Ratios are taken within one process, in turns; figures are medians.
-With --engine, in place of all these: what a study costs beside its trials (benchmark_engine.py).
+With --engine, in place of all these: what a study costs beside its trials (benchmark_engine.py). With --pretrain: what
+pre-training costs (benchmark_pretrain.py).
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             told.error(f"trials is at least {benchmark_engine.FEWEST_TRIALS}")
         print(benchmark_engine.measure(out, options.trials, machine("engine")))
         return 0
+    if options.pretrain:
+        from studies import benchmark_pretrain
+
+        print(benchmark_pretrain.measure(out, options.sizes, machine("pretrain")))
+        return 0
     file = out / "benchmark.json"
     found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     measures = {"step": measure_step, "large": measure_large, "long": measure_long, "gpu": measure_gpu}
@@ -97,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=torch.get_num_threads(), metavar="N", help="CPU threads (default: the machine's)")
     add("--engine", action="store_true", help="measure the study engine instead: DIR/benchmark_engine.json and .md")
     add("--trials", type=int, default=1000, metavar="N", help="trials that sleep a second, with --engine (default: 1,000)")
+    add("--pretrain", action="store_true", help="measure pre-training instead: DIR/benchmark_pretrain.json and .md")
+    add("--sizes", type=int, default=3, choices=(1, 2, 3), help="of the data, with --pretrain; the third needs 25 GB of disk (default: 3)")
     add("--only-step", action="store_true", help=argparse.SUPPRESS)
     return result
 
