@@ -119,6 +119,18 @@ def through_ray(workers: int) -> dict[str, Any]:
         place = Path(name) / "demo" / "pretrain"
         rows = [json.loads(line) for line in (place / "steps.jsonl").read_text(encoding="utf-8").splitlines()][1:]
         peak = json.loads((place / "result.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
+    rates = [row["examples_per_second"] for row in rows]
+    return {"interactions_per_second": statistics.median(rates), "low": min(rates), "high": max(rates), "peak_memory_bytes": peak}
+
+
+def table(found: dict[str, Any]) -> str:
+    """What was measured, as Markdown."""
+    where, (one, two) = found["machine"], (found["throughput"][workers] for workers in (1, 2))
+    rows = [
+        f"| {row['interactions']:,} | {row['items']:,} | {row['file_bytes'] / 1e9:.2f} GB | {row['peak_bytes'] / 1e9:.2f} GB"
+        f" | {row['assemble_seconds']:.1f} s | {row['step_seconds']:.2f} s | {row['ranking_seconds_a_user']:.2f} s |"
+        for row in found["memory"]
+    ]
     rates = []
     for count, told in ((1, one), (2, two)):
         rate = told["interactions_per_second"]
