@@ -14,7 +14,12 @@ from mmm4rec.execute import code_version
 from mmm4rec.models import ssd
 from mmm4rec.run import choose_device
 
-EXTRAS = {"encode": ("scikit-learn", "pillow"), "studies": ("ray", "optuna", "mlflow", "matplotlib")}
+EXTRAS = {
+    "encode": ("scikit-learn", "pillow"),
+    "hub": ("huggingface_hub",),
+    "postgresql": ("psycopg", "SQLAlchemy"),
+    "studies": ("ray", "optuna", "mlflow", "matplotlib", "fsspec"),
+}
 
 
 def machine() -> dict[str, Any]:

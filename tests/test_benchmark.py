@@ -89,3 +89,24 @@ def test_a_large_catalogue_and_long_histories(tmp_path: Path) -> None:
 def test_the_committed_table_is_made_of_the_committed_figures() -> None:
     found = json.loads((ROOT / "results" / "benchmark.json").read_text(encoding="utf-8"))
     assert (ROOT / "results" / "benchmark.md").read_text(encoding="utf-8") == benchmark.table(found)
+
+
+@pytest.mark.slow
+def test_pre_training_is_measured_on_a_domain_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten interactions a user: nine are predicted, of all users but those held out. The table has a row a size and one a worker."""
+    pytest.importorskip("ray", reason="pre-training's throughput is measured through Ray")
+    from studies import benchmark_pretrain as pretraining
+
+    monkeypatch.setattr(pretraining, "BATCH", 64)
+    monkeypatch.setattr(pretraining, "STEPS", 3)
+    pretraining.generate(tmp_path / "shop", 4_000, 200)
+    found = pretraining.train(tmp_path)
+    assert found["examples"] == 9 * (400 - 20)
+    assert found["peak_bytes"] > found["before_bytes"] > 0
+    assert found["file_bytes"] > 4_000 * (4 + 8) + 2 * 200 * 32 * 2
+    rates = {"interactions_per_second": 100.0, "low": 90.0, "high": 110.0, "peak_memory_bytes": 10**9}
+    both = {1: rates, 2: rates | {"interactions_per_second": 150.0}}
+    machine = {"name": "x", "cores": 2, "torch": "2", "code_version": "1"}
+    text = pretraining.table({"machine": machine, "memory": [{"interactions": 4_000, "items": 200, **found}], "throughput": both})
+    assert "| 4,000 | 200 |" in text
+    assert "| 2 | 150 (90 to 110) | 75 | 75% | 1.00 GB |" in text

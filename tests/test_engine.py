@@ -52,7 +52,7 @@ def test_a_store_that_cannot_be_opened_is_an_error_and_no_endless_wait(tmp_path:
     Journal(tmp_path / "study.sqlite3").close()
     tracker = MlflowTracker(tmp_path, from_dict(Spec, SPEC, source="test"), [], tmp_path / "study.sqlite3")
     tracker.start()
-    tracker.pretraining([], None)
+    tracker.pretraining([], [], None)
     with pytest.raises(Exception, match="database"):
         tracker.flush()
     tracker.close()

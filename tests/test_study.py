@@ -27,7 +27,7 @@ from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
-from studies.soak import processes_below
+from studies.soak import TRIAL, processes_below
 from studies.spec import Spec
 from studies.state import Journal
 from studies.suggestions import Suggestions, sqlite_url
@@ -94,7 +94,7 @@ def test_a_trial_whose_worker_is_killed_goes_on_from_its_checkpoint(tmp_path: Pa
     killed: list[int] = []
     while driver.poll() is None and not killed:
         if any((tmp_path / "tiny" / "trials").glob("*/last.ckpt")):
-            killed = processes_below(driver.pid)[:1]
+            killed = processes_below(driver.pid, TRIAL)[:1]
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
     output, _ = driver.communicate(timeout=240)
