@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
         "cuda_devices": [{"name": part.name, "memory_bytes": part.total_memory} for part in cuda],
         "kernel_problem": kernel_problem(device),
         "auto_scan": {str(length): ssd.choose(length, device) for length in (20, 200, 2000)},
-        "packages": {extra: {name: installed.get(name) for name in names} for extra, names in EXTRAS.items()},
+        "packages": {extra: {name: installed.get(name.lower()) for name in names} for extra, names in EXTRAS.items()},
     }
 
 
@@ -74,4 +74,4 @@ def machine_lines(facts: dict[str, Any]) -> list[str]:
     for extra, packages in facts["packages"].items():
         known = ", ".join(f"{name} {version or 'missing'}" for name, version in packages.items())
         lines[f"extra '{extra}'"] = known if all(packages.values()) else f"{known}; install: pip install 'mmm4rec[{extra}]'"
-    return [f"{name:18}{text}" for name, text in lines.items()]
+    return [f"{name:20}{text}" for name, text in lines.items()]

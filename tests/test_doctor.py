@@ -261,6 +261,10 @@ def test_the_machine_as_lines_and_as_data(capsys: pytest.CaptureFixture, monkeyp
     assert all(name in shown for name in names)
 
 
+def test_a_package_is_found_however_its_name_is_written() -> None:
+    assert doctor.machine()["packages"]["postgresql"]["SQLAlchemy"] == pytest.importorskip("sqlalchemy").__version__
+
+
 def test_the_extras_are_those_of_the_package() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     for extra, names in doctor.EXTRAS.items():
