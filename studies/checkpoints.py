@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mmm4rec.errors import BadInput
 from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import BrokenCheckpoint, content_of, load_last, write_content
 from mmm4rec.training.loop import Run
@@ -27,9 +29,19 @@ class RecentCheckpoints:
     """
 
     def __init__(
-        self, place: Storage, scratch: Path, *, keep: int = 3, every_steps: int | None = None, every_seconds: float | None = None
+        self,
+        place: Storage,
+        scratch: Path,
+        *,
+        keep: int = 3,
+        every_steps: int | None = None,
+        every_seconds: float | None = None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
-        """Args: place: of these files alone; scratch: a folder on this node's disk, for a place in an object store."""
+        """Args: place: of these files alone; scratch: a folder on this node's disk, for a place in an object store; before:
+        called by the thread before a checkpoint counts, to put what belongs to it where it outlives this node.
+        """
+        self._before = before
         self._place, self._scratch, self._keep = place, scratch, keep
         self._every_steps, self._every_seconds = every_steps, every_seconds
         self._writer, self._pending = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints"), Future[None]()
@@ -47,20 +59,31 @@ class RecentCheckpoints:
         return bool(checkpoints_in(self._place))
 
     def load(self, run: Run, description: dict[str, Any]) -> bool:
-        """Go on from the newest that is whole on every worker. Raises BadInput where it is of another run."""
+        """Go on from the newest that is whole on every worker; newer ones are deleted.
+
+        Raises BadInput where it is of another run, and where there are some and none is whole; OSError as the storage does.
+        """
         found = distributed.gather(checkpoints_in(self._place))[0]
-        for name in reversed(found):
+        for place, name in reversed(list(enumerate(found))):
             if all(distributed.gather(self._loaded(name, run, description))):
                 log.warning("the run goes on from %s", name)
+                if distributed.rank() == 0:
+                    self._place.delete(found[place + 1 :])
                 return True
+        if found:
+            raise BadInput("holds checkpoints, and none is whole.", file=self._place.uri, remedy="Delete them to begin anew.")
         return False
 
     def _loaded(self, name: str, run: Run, description: dict[str, Any]) -> bool:
+        file = self._here(name)
         try:
-            load_last(self._here(name), run, description)
+            load_last(file, run, description)
         except (BrokenCheckpoint, FileNotFoundError) as error:
             log.warning("%s; the one before it is tried.", error)
             return False
+        finally:
+            if self._place.path is None:
+                file.unlink(missing_ok=True)
         return True
 
     def _here(self, name: str) -> Path:
@@ -83,6 +106,7 @@ class RecentCheckpoints:
     def _write(self, name: str, content: dict[str, Any]) -> None:
         folder = self._place.path or self._scratch
         folder.mkdir(parents=True, exist_ok=True)
+        self._before()
         write_content(folder / name, content)
         if self._place.path is None:
             self._place.push(folder, [name])

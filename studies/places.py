@@ -14,7 +14,8 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from mmm4rec.errors import BadInput
 from studies.cells import Source
@@ -77,7 +78,7 @@ class Places:
         place = self.storage.sub("checkpoints").sub(hashlib.sha256(file.read_bytes()).hexdigest()[:16])
         if not place.exists(WEIGHTS):
             place.write(WEIGHTS, file.read_bytes())
-        return place.sub(WEIGHTS).uri if place.path is None else str(place.path / WEIGHTS)
+        return place.uri if place.path is None else str(place.path / WEIGHTS)
 
 
 def domain_here(place: str, fingerprint: str) -> str:
@@ -86,13 +87,16 @@ def domain_here(place: str, fingerprint: str) -> str:
 
 
 def weights_here(place: str) -> str:
-    """The path of weights on this node: where they are, or a copy that this node makes once."""
-    if (path := Storage(place).path) is not None:
-        return str(path)
-    parent, _, digest = place.rpartition(f"/{WEIGHTS}")[0].rpartition("/")
-    here = scratch("checkpoints") / digest
-    if not (here / WEIGHTS).is_file():
-        Storage(f"{parent}/{digest}").pull(here, [WEIGHTS])
+    """The path of weights on this node: where they are, or a copy that this node makes once.
+
+    Args: place: the file's path, or the URI of the folder that holds it. Raises FileNotFoundError where it does not.
+    """
+    storage = Storage(place)
+    if storage.path is not None:
+        return str(storage.path)
+    here = scratch("checkpoints") / PurePosixPath(urlsplit(place).path).name
+    if not (here / WEIGHTS).is_file() and not storage.pull(here, [WEIGHTS]):
+        raise FileNotFoundError(f"{place} holds no {WEIGHTS}")
     return str(here / WEIGHTS)
 
 

@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ from mmm4rec.execute import execute
 from mmm4rec.models.hub import WEIGHTS
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.run import RunConfig
+from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import load_model
-from mmm4rec.training.loop import EpochReport
+from mmm4rec.training.loop import Diverged, EpochReport
 from studies.cells import Source
 from studies.checkpoints import RecentCheckpoints, newest_steps
 from studies.conductor import read_lines, whole_lines
@@ -48,6 +50,8 @@ from studies.storage import Storage
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 2.0
+LINES = ("steps.jsonl", "log.txt")
+DIVERGED = "diverged.txt"
 FILES = ("best.safetensors", "curve.jsonl", "steps.jsonl", "log.txt", "result.json")  # in the order in which they are put back
 CHECKPOINTS, MODEL = "checkpoints", "model"  # folders
 STEPS_BETWEEN_REPORTS = 10
@@ -111,7 +115,7 @@ def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: Ml
             _train(spec, sources, places, place)
         if places.storage is not None:
             place.pull(out, FILES)
-    if not (out / MODEL / WEIGHTS).exists():
+    if not (out / MODEL).exists():
         export(out)
     tell(tracker, out)
     return out / "best.safetensors"
@@ -131,7 +135,10 @@ def export(out: Path) -> None:
     model = MMM4Rec.described(description, source=str(out))
     model.load_state_dict(weights)
     model.description = description | {"result": {name: result[name] for name in kept if name in result}}
-    model.save_pretrained(out / MODEL)
+    part = out / f".{MODEL}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    model.save_pretrained(part)
+    part.rename(out / MODEL)
 
 
 def _train(spec: Spec, sources: dict[str, Source], places: Places, place: Storage) -> None:
@@ -170,6 +177,9 @@ def _train(spec: Spec, sources: dict[str, Source], places: Places, place: Storag
             failure_config=ray.train.FailureConfig(max_failures=told.max_failures),
         ),
     ).fit()
+    if (reason := place.read(DIVERGED)) is not None:
+        place.delete([DIVERGED])
+        raise BadInput(f"pre-training: {reason.decode()}.", remedy="Lower its learning rate, or look at what is named.")
 
 
 def train_worker(config: dict[str, Any]) -> None:
@@ -184,9 +194,9 @@ def train_worker(config: dict[str, Any]) -> None:
     here = {key: [domain_here(domain, fingerprint) for domain, fingerprint in config[key]] for key in ("domains", "zero_shot")}
     run = from_dict(RunConfig, merge(config["run"], {"data": here}), source="pre-training")
 
-    def keep() -> None:
+    def keep(names: Sequence[str] = FILES) -> None:
         if place.path is None and rank == 0:
-            place.push(out, [name for name in FILES if (out / name).is_file()])
+            place.push(out, [name for name in names if (out / name).is_file()])
 
     lock = out.with_name(f".{out.name}.lock")
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -195,15 +205,22 @@ def train_worker(config: dict[str, Any]) -> None:
             shutil.rmtree(out, ignore_errors=True)
             place.pull(out, FILES)
         out.mkdir(parents=True, exist_ok=True)
-        checkpoints = RecentCheckpoints(place.sub(CHECKPOINTS), scratch(place.uri) / f"checkpoints_{rank}", **config["checkpoints"])
+        distributed.wait_for_all()  # what stands here is read when worker 0 has the folder for itself
+        checkpoints = RecentCheckpoints(
+            place.sub(CHECKPOINTS), scratch(place.uri) / f"checkpoints_{rank}", before=partial(keep, LINES), **config["checkpoints"]
+        )
         reports = execute(run, out, resume=True, checkpoints=checkpoints)
         with logged(out / "log.txt") if rank == 0 else nullcontext(), closing(reports):
             if done := read_lines(out / "steps.jsonl"):
                 log.warning("it had come to step %d", done[-1]["optimizer_steps"])
-            for report in reports:
-                if isinstance(report, EpochReport):
-                    keep()
-                    ray.train.report({"epoch": report.epoch})
+            try:
+                for report in reports:
+                    if isinstance(report, EpochReport):
+                        keep()
+                        ray.train.report({"epoch": report.epoch})
+            except Diverged as error:  # on every worker alike; Ray would try it again, and it would come again
+                if rank == 0:
+                    place.write(DIVERGED, str(error).encode())
         keep()
 
 
@@ -223,11 +240,14 @@ def _watched(place: Storage, tracker: MlflowTracker) -> Iterator[None]:
 def _watch(place: Storage, tracker: MlflowTracker, over: threading.Event) -> None:
     """What a kill would take away is printed too, and not passed on: it comes again, at another time."""
     shown, told = -1, -1
-    bar = tqdm(unit=" steps", desc="pre-training", disable=None)
-    with bar:
+    with tqdm(unit=" steps", desc="pre-training", disable=None) as bar:
         while not over.wait(WATCH_SECONDS):
-            kept = newest_steps(place.sub(CHECKPOINTS))
-            curve, steps = whole_lines(place.read("curve.jsonl")), whole_lines(place.read("steps.jsonl"))
+            try:
+                kept = newest_steps(place.sub(CHECKPOINTS))
+                curve, steps = whole_lines(place.read("curve.jsonl")), whole_lines(place.read("steps.jsonl"))
+            except (OSError, ValueError) as error:
+                log.warning("Pre-training's progress could not be read: %s. It is tried again.", error)
+                continue
             if steps:
                 bar.n = steps[-1]["optimizer_steps"]
                 bar.set_postfix_str(f"loss {steps[-1]['train_loss']:.3f}, {steps[-1]['examples_per_second']:,.0f} interactions/s")
@@ -237,8 +257,8 @@ def _watch(place: Storage, tracker: MlflowTracker, over: threading.Event) -> Non
                     shown = row["epoch"]
             if kept > told:
                 told = kept
-                curve, steps = ([row for row in rows if row["optimizer_steps"] <= kept] for rows in (curve, steps))
-                tracker.pretraining(curve, steps, None)
+                ended = [row for row in curve if row["optimizer_steps"] < kept]  # one at this step may not be kept yet
+                tracker.pretraining(ended, [row for row in steps if row["optimizer_steps"] <= kept], None)
 
 
 def _epoch_line(row: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from test_training import tiny
 from mmm4rec.data.domain import Domain
 from mmm4rec.errors import BadInput
 from mmm4rec.run import RunConfig, assemble
+from mmm4rec.training.checkpoint import _packed, _unpacked
 from mmm4rec.training.loop import EpochReport, Run, fit
 from studies import checkpoints as module
 from studies.checkpoints import RecentCheckpoints, checkpoints_in, newest_steps
@@ -65,11 +66,13 @@ def test_a_broken_one_is_passed_over_and_one_of_another_run_is_refused(make_doma
     again = assemble(config(domain)).run
     assert RecentCheckpoints(place, tmp_path).load(again, WHICH)
     assert again.state.optimizer_steps == 3
+    assert not newest.exists(), "what comes anew has lower numbers, and must stay"
     with pytest.raises(BadInput, match="another run"):
         RecentCheckpoints(place, tmp_path).load(again, {**WHICH, "init": "other weights"})
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(b"")
-    assert not RecentCheckpoints(place, tmp_path).load(again, WHICH)
+    with pytest.raises(BadInput, match="none is whole"):
+        RecentCheckpoints(place, tmp_path).load(again, WHICH)
 
 
 def test_they_come_by_seconds_too_and_after_each_epoch(make_domain: MakeDomain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +120,11 @@ def test_a_storage_that_takes_nothing_ends_the_run(make_domain: MakeDomain, tmp_
     run = assemble(config(make_domain())).run
     with pytest.raises(OSError, match="kept"):
         go_on(run, RecentCheckpoints(Storage(str(tmp_path / "kept")), tmp_path, every_steps=1), 4)
+
+
+def test_small_tensors_are_packed_by_device_too() -> None:
+    """On a GPU NAdam's counts are on the CPU, and its moments are not; `meta` stands for the GPU."""
+    tensors = {"count": torch.ones(()), "moment": torch.ones(3, device="meta"), "other": torch.arange(2.0)}
+    packed = _packed(tensors)
+    assert [list(piece["shapes"]) for piece in packed["pieces"]] == [["count", "other"], ["moment"]]
+    assert {name: value.shape for name, value in _unpacked(packed).items()} == {name: value.shape for name, value in tensors.items()}

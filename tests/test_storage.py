@@ -310,6 +310,18 @@ def test_a_trial_on_an_object_store_goes_on_from_what_was_pushed(s3: str, tmp_pa
     assert contents(Storage(place)).keys() == {*first, "ranks.parquet", "result.json"}
 
 
+def test_weights_come_once_a_node_from_a_store_with_its_own_address(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "scratch", lambda place: tmp_path / "scratch" / place)
+    (tmp_path / "best.safetensors").write_bytes(b"weights")
+    uri = places.Places(tmp_path, Storage(s3)).publish_weights(tmp_path / "best.safetensors")
+    assert uri is not None
+    for _ in range(2):
+        assert Path(places.weights_here(uri)).read_bytes() == b"weights"
+        Storage(uri).delete()  # the second time it is here
+    with pytest.raises(FileNotFoundError, match="holds no"):
+        places.weights_here(Storage(s3).sub("checkpoints/none").uri)
+
+
 def test_a_worker_that_was_overtaken_pushes_nothing(s3: str, tmp_path: Path) -> None:
     def work() -> None:
         with trial_folder(s3, tmp_path) as folder:

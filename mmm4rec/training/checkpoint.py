@@ -115,12 +115,12 @@ def content_of(run: Run, description: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Tensors by name with the small ones in one piece a dtype: a file of hundreds of small tensors takes ten times as long."""
+    """Tensors by name with the small ones in one piece a dtype and device: a file of hundreds of small tensors takes ten times as long."""
     large = {name: tensor for name, tensor in tensors.items() if tensor.numel() > PACKED_NUMBERS}
     small: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name not in large:
-            small.setdefault(str(tensor.dtype), {})[name] = tensor.detach()
+            small.setdefault(f"{tensor.dtype} {tensor.device}", {})[name] = tensor.detach()  # NAdam's counts stay on the CPU
     pieces = [
         {
             "shapes": {name: list(tensor.shape) for name, tensor in own.items()},
@@ -165,6 +165,8 @@ def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved = json.loads(content["description"])
+    except OSError:  # the disk's word, not the file's
+        raise
     except Exception as error:  # torch.load raises many kinds; all mean that this is no checkpoint of ours
         rule = f"is no checkpoint of a run ({error})."
         raise BrokenCheckpoint(rule, file=path, remedy="Start the run anew in another folder.") from error
