@@ -298,6 +298,10 @@ def _work(study: Study) -> str | None:
         if failure_kind(error) != "disk_full":
             raise
         return f"the disk is full ({error}); free some space"
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        return "signal SIGTERM"  # Ray's answer to it, while Ray starts and while it pre-trains
     finally:
         ray.shutdown()
 

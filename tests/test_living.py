@@ -35,7 +35,7 @@ from studies.places import Places
 from studies.plan import Plan
 from studies.spec import Budget, Spec, extended
 from studies.state import Journal, Trial
-from studies.study import Study, open_study
+from studies.study import Study, open_study, run_study
 from studies.transfer_sweep import main
 
 PLAIN = {
@@ -398,3 +398,16 @@ def test_a_trials_worker_imports_neither_optuna_nor_mlflow() -> None:
     code = "import sys, studies.engine; print([name for name in ('optuna', 'mlflow') if name in sys.modules])"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
     assert told.stdout.strip() == "[]"
+
+
+def test_a_signal_before_the_first_trial_is_a_stop_too(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ray answers SIGTERM with SystemExit(15) until the study listens itself."""
+
+    def terminated(*_: object, **__: object) -> None:
+        raise SystemExit(15)
+
+    monkeypatch.setattr("studies.study.start_ray", terminated)
+    assert run_study(spec(), out, data=None) == 1
+    assert "Stopped: signal SIGTERM" in capsys.readouterr().out
