@@ -285,8 +285,8 @@ def run_study(spec: Spec, out: Path, *, data: Path | None, accept: Accept = refu
 def _work(study: Study) -> str | None:
     """Pre-train, then run the cells; why it stopped, if it did before the end."""
     pre = study.spec.pretrain
-    start_ray(study.spec.resources, workers=pre.workers if pre and pre.sources else 1)
     try:
+        start_ray(study.spec.resources, workers=pre.workers if pre and pre.sources else 1)
         _check_reach(study.places)
         checkpoint = study.pretrain()
         conductor = study.conductor()
