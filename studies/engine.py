@@ -211,7 +211,7 @@ def run_cells(
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_folder,
         ),
-        run_config=tune.RunConfig(name="tune", storage_path=rays_own.uri, verbose=0),
+        run_config=tune.RunConfig(name="tune", verbose=0, **rays_own.for_ray()),
     ).fit()
 
 

@@ -173,7 +173,7 @@ def _train(spec: Spec, sources: dict[str, Source], places: Places, place: Storag
         ),
         run_config=ray.train.RunConfig(
             name="pretrain",
-            storage_path=places.root.sub("ray").uri,
+            **places.root.sub("ray").for_ray(),
             failure_config=ray.train.FailureConfig(max_failures=told.max_failures),
         ),
     ).fit()

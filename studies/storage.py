@@ -117,6 +117,13 @@ class Storage:
         with self._filesystem[0].open_output_stream(self._key(name)) as stream:
             stream.write(content)
 
+    def for_ray(self) -> dict[str, Any]:
+        """What Ray's RunConfig is told of this place."""
+        if self.path is not None or urlsplit(self.uri).scheme in OBJECT_STORES:
+            return {"storage_path": self.uri}
+        filesystem, base = self._filesystem
+        return {"storage_path": base, "storage_filesystem": filesystem}
+
     def check_writable(self) -> None:
         """Write, read back and delete a small file; in a folder, take a lock too. Raises BadInput with the reason."""
         name, content = f".probe-{uuid.uuid4().hex}", os.urandom(16)

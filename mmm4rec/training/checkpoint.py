@@ -177,6 +177,8 @@ def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
     run.model.load_state_dict(_unpacked(content["model"]))
     if run.optimizer is not None:
         run.optimizer.load_state_dict(_unpacked_state(content["optimizer"]))
+        for state in run.optimizer.state.values():  # torch puts this count beside the parameter; a GPU would be waited for
+            state["mu_product"] = state["mu_product"].to(state["step"].device)
     history = [from_dict(EpochReport, report, source=str(path)) for report in content["history"]]
     sums = None if content["epoch_sums"] is None else from_dict(Sums, content["epoch_sums"], source=str(path))
     plain = ("optimizer_steps", "epoch_steps", "epoch_seconds", "first_loss", "best_score", "best_epoch")
