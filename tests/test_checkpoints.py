@@ -98,6 +98,7 @@ def test_training_goes_on_while_one_is_written_and_its_state_is_that_of_its_step
         write(path, content)
 
     monkeypatch.setattr(module, "write_content", slowly)
+    monkeypatch.setattr("mmm4rec.training.checkpoint.PACKED_NUMBERS", 0)  # large tensors are the run's own until they are copied
     place, domain = Storage(str(tmp_path / "kept")), make_domain()  # noqa: F811
     run = assemble(config(domain)).run
     with (kept := RecentCheckpoints(place, tmp_path, every_steps=2)):
