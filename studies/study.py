@@ -301,6 +301,7 @@ def _work(study: Study) -> str | None:
     except SystemExit as error:
         if error.code != signal.SIGTERM:
             raise
+        signal.alarm(0)  # while it starts, Ray's native handler hears SIGTERM first, and would abort everything three seconds later
         return "signal SIGTERM"  # Ray's answer to it, while Ray starts and while it pre-trains
     finally:
         ray.shutdown()
