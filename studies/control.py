@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from mmm4rec.data.demo import DemoConfig
 from mmm4rec.errors import BadInput
 from studies.cells import Cell, build_cells
 from studies.domains import make_domains
@@ -106,8 +105,8 @@ def add(spec: Spec, out: Path, *, data: Path | None, domains: Sequence[str], arm
     """
     if not domains and not arms:
         raise BadInput("add needs something to add.", remedy="Give --domain NAME or --arm NAME=YAML.")
-    demo = DemoConfig()
-    own = [name for name in domains if spec.domains.demo and name in (*demo.sources, *demo.targets)]
+    shops = spec.domains.shops()
+    own = [name for name in domains if shops is not None and name in (*shops.sources, *shops.targets)]
     addition: dict[str, Any] = {"domains": list(domains), "arms": dict(map(_definition, arms)), "demo": own}
     folder = out / spec.study
     with _journal(spec, out) as journal:

@@ -23,12 +23,13 @@ def make_domains(domains: Domains, folder: Path, *, data: Path | None, seed: int
     prepared already, which are read where they are, with their features, and never written to.
     Raises BadInput where they are missing or wrong, or the spec's encoder would write into one of the latter.
     """
-    if domains.demo:
+    places: dict[str, Path] = {}
+    if (shops := domains.shops()) is not None:
         if not folder.exists():
-            write_demo(folder, seed=seed)
+            write_demo(folder, seed=seed, config=shops)
         plan = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
-        return _sources({name: folder / name for name in (*plan["sources"], *plan["targets"])})
-    places = {name: _prepared(name, raw, folder, data) for name, raw in domains.prepare.items()}
+        places = {name: folder / name for name in (*plan["sources"], *plan["targets"])}
+    places |= {name: _prepared(name, raw, folder, data) for name, raw in domains.prepare.items()}
     if domains.text_encoder is not None:
         _encode(domains.text_encoder, places, folder)
     return _sources(places)

@@ -1,7 +1,8 @@
 """A study's spec: the dataclasses of its YAML file.
 
     study: demo                     # the name of the folder under --out
-    domains: {demo: true}           # or {prepare: {name: folder under --data}, text_encoder: {...}}
+    domains: {demo: true}           # or {demo: {targets: [attic], sizes: {attic: [users, items]}}}, generated shops of your own;
+                                    # or {prepare: {name: folder under --data}, text_encoder: {...}}
     pretrain: {sources: [...], training: {...}, workers: 2}     # or {checkpoint: path}
     model: {width: 64}              # what every run starts from, pre-training too
     training: {batch_size: 256}     # what every cell starts from
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmm4rec.config import from_dict, load_yaml, to_dict
+from mmm4rec.data.demo import DemoConfig
 from mmm4rec.errors import BadInput
 from mmm4rec.training.metrics import METRIC_NAMES
 from studies.space import Parameter
@@ -51,13 +53,17 @@ class TextEncoder:
 class Domains:
     """Where the domains come from."""
 
-    demo: bool = False
+    demo: bool | DemoConfig = False  # generated shops: the demo's own (true), or others
     prepare: dict[str, str] = field(default_factory=dict)  # name: folder under --data
     text_encoder: TextEncoder | None = None
 
     def __post_init__(self) -> None:
         if not self.demo and not self.prepare:
             raise ValueError("needs `demo: true` or `prepare`.")
+
+    def shops(self) -> DemoConfig | None:
+        """The generated shops; None where there are none."""
+        return self.demo if isinstance(self.demo, DemoConfig) else DemoConfig() if self.demo else None
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from studies.effects import Effect, Interval, study_effects
 from studies.figures import convergence, forest
 from studies.ledger import unequal
 from studies.spec import Stores
-from studies.tracked import METRICS, TrackedCell, TrackedTrial, read_ranks, read_study
+from studies.tracked import METRICS, Pretraining, TrackedCell, TrackedTrial, read_pretraining, read_ranks, read_study
 
 SHARES = (0.25, 0.5, 1.0)  # of scratch's steps to its best: where both are compared at equal steps
 
@@ -198,6 +198,16 @@ def budget_warning(cells: Sequence[TrackedCell]) -> str:
     return f"Unequal budgets, arms cannot be compared fairly: {', '.join(told)}.\n" if told else ""
 
 
+def pretraining_note(spent: Pretraining | None) -> str:
+    """What came before the pre-trained arms' first step, in a sentence; empty where the study pre-trained nothing."""
+    if spent is None:
+        return ""
+    return (
+        f"Pre-training, once for all pre-trained arms and in none of the numbers above: {spent.optimizer_steps:,} optimizer steps"
+        f" in {spent.epochs} epochs (the epoch kept: {spent.best_steps:,} steps), {spent.seconds:,.0f} s.\n"
+    )
+
+
 def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None = None) -> Table:
     """Write the study's tables and figures, and give the main table.
 
@@ -220,9 +230,11 @@ def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None =
         if table.rows:
             for suffix, text in (("csv", table.to_csv()), ("md", table.to_markdown()), ("tex", table.to_latex())):
                 (folder / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")
-    if warning := budget_warning(cells):
-        with (folder / "tables" / "ledger.md").open("a", encoding="utf-8") as file:
-            file.write(warning)
+    pretraining = pretraining_note(read_pretraining(folder, uri))
+    for name, told in (("ledger", pretraining + budget_warning(cells)), ("transfer", pretraining)):
+        if tables[name].rows:
+            with (folder / "tables" / f"{name}.md").open("a", encoding="utf-8") as file:
+                file.write(told)
     convergence(cells, folder / "figures")
     forest(effects, folder / "figures")
     return main

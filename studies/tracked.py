@@ -65,6 +65,16 @@ class TrackedCell:
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """What the pre-training of a study took, before any of its arms began."""
+
+    optimizer_steps: int
+    best_steps: int  # of them, until the epoch whose weights the arms start from
+    epochs: int
+    seconds: float  # of training and validation
+
+
+@dataclass(frozen=True)
 class UserRanks:
     """The test ranks of a run, by user."""
 
@@ -88,6 +98,23 @@ def read_study(folder: Path, uri: str | None = None) -> list[TrackedCell]:
         raise BadInput(f"MLflow at {shown(place, place)} does not answer: {told}", remedy="Start it, or correct its address.") from None
 
 
+def read_pretraining(folder: Path, uri: str | None = None) -> Pretraining | None:
+    """What the study's own pre-training took; None where it had none, or it has not ended. The store is that of `read_study`."""
+    client = open_store(uri or store_uri(folder))
+    experiments = _experiments(client, None if uri is None else _experiment_name(folder))
+    found = search(client, experiments, "tags.`mmm4rec.phase` = 'pretrain' and tags.`mmm4rec.outcome` = 'finished'")
+    if not found:
+        return None
+    run = found[0].info.run_id
+    epochs, seconds, best = (client.get_metric_history(run, name)[-1] for name in ("epoch", "seconds", mlflow_name(f"best_valid {CURVE}")))
+    return Pretraining(epochs.step, best.step, int(epochs.value), seconds.value)
+
+
+def _experiments(client: MlflowClient, name: str | None) -> list[str]:
+    """The ids of the experiment of that name; None: of all."""
+    return [str(found.experiment_id) for found in client.search_experiments() if name in (None, found.name)]
+
+
 def _experiment_name(folder: Path) -> str:
     """What the study is called in a store that it may share with others."""
     if not (folder / "study.sqlite3").is_file():
@@ -101,8 +128,7 @@ def _experiment_name(folder: Path) -> str:
 
 def _read(client: MlflowClient, folder: Path, experiment: str | None) -> list[TrackedCell]:
     """The cells in the experiment of that name; None: in any."""
-    names = {found.name: str(found.experiment_id) for found in client.search_experiments()}
-    experiments = list(names.values()) if experiment is None else [names[experiment]] if experiment in names else []
+    experiments = _experiments(client, experiment)
     cells = search(client, experiments, "tags.`mmm4rec.phase` = 'cell'") if experiments else []
     cells = [run for run in cells if run.data.tags.get("mmm4rec.outcome") != "superseded"]
     if not cells:

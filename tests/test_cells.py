@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import TINY_MODEL, TINY_SHOPS, TINY_STUDY
 
-from mmm4rec.config import from_dict
+from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.demo import write_demo
-from mmm4rec.data.domain import Domain
+from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.data.features import MODALITIES, add_features, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
@@ -153,6 +153,21 @@ def test_other_features_are_another_study_and_a_domain_without_any_is_named(make
     add_features(domain, "text", np.ones((domain.n_items, 3), dtype=np.float32), np.ones(domain.n_items, dtype=bool), encoder="ones")
     with pytest.raises(BadInput, match=r"features"):
         begin()
+
+
+def test_generated_shops_may_be_others_than_the_demos_and_stand_beside_prepared_domains(
+    make_domain: Callable[..., Domain], tmp_path: Path
+) -> None:
+    make_domain("own")
+    domains = {"demo": to_dict(TINY_SHOPS) | {"sizes": {"attic": [70, 45]}}, "prepare": {"own": "own"}}
+    wanted = from_dict(Domains, domains, source="test")
+    assert from_dict(Domains, to_dict(wanted), source="test") == wanted
+    made = make_domains(wanted, tmp_path / "domains", data=tmp_path, seed=0)
+    assert list(made) == [*TINY_SHOPS.sources, *TINY_SHOPS.targets, "own"]
+    attic = open_domain(made["attic"].path)
+    assert (attic.n_users, attic.n_items) == (70, 45)
+    with pytest.raises(BadInput, match=r"'demo' names a shop twice|sizes"):
+        from_dict(Domains, {"demo": {"sizes": {"nowhere": [1, 1]}}}, source="test")
 
 
 @pytest.mark.parametrize("name", ["..", "a/b"])

@@ -48,6 +48,20 @@ def test_changing_the_targets_leaves_encoders_and_sources_as_they_are(demo: Path
         assert bytes_of(tmp_path / "out" / part) == bytes_of(demo / part)
 
 
+def test_a_shop_of_another_size_leaves_the_others_as_they_are(demo: Path, tmp_path: Path) -> None:
+    config = replace(TINY, targets=("attic", "emporium"), sizes={"emporium": (90, 120)})
+    *_, emporium = write_demo(tmp_path / "out", config=config)
+    assert (emporium.name, emporium.n_users, emporium.n_items) == ("emporium", 90, 120)
+    for part in ("bazaar/features", "attic/features", "encoders"):
+        assert bytes_of(tmp_path / "out" / part) == bytes_of(demo / part)
+
+
+@pytest.mark.parametrize("sizes", [{"nowhere": (90, 120)}, {"attic": (90,)}, {"attic": (0, 120)}])
+def test_a_size_names_a_shop_its_users_and_its_items(sizes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="it gives \\[users, items\\] of one of the shops: bazaar, market, attic"):
+        replace(TINY, sizes=sizes)
+
+
 def test_the_plan_names_domains_that_have_both_modalities_by_the_saved_encoders(demo: Path, tmp_path: Path) -> None:
     plan = json.loads((demo / "demo.json").read_text())
     assert (plan["sources"], plan["targets"]) == (["bazaar", "market"], ["attic"])

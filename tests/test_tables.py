@@ -18,7 +18,7 @@ from studies.mlflow_tracker import MlflowTracker, store_uri
 from studies.spec import Spec
 from studies.state import Journal
 from studies.tables import Sample, Table, main, main_table, transfer_table, write_tables
-from studies.tracked import METRICS, read_study
+from studies.tracked import METRICS, Pretraining, read_pretraining, read_study
 
 SPEC = from_dict(
     Spec,
@@ -68,19 +68,16 @@ def result(curve: list[float], test: float | None) -> dict:
     return told if test is None else {**told, "test": dict.fromkeys(METRICS, test)}
 
 
+def row_of(epoch: int, value: float) -> dict:
+    steps = {"epoch": epoch, "optimizer_steps": 10 * epoch}
+    return {**steps, "train_loss": 1 / epoch, "train_seconds": 2.0, "valid_seconds": 1.0, "valid": valid(value)}
+
+
 def fill(journal: Journal, cells: dict) -> None:
     for (name, phase, number), curve in CURVES.items():
         trial = journal.start(cells[name], phase, number, number + 10_000 * (phase == "confirm"), {"training.learning_rate": 0.01})
         for epoch, value in enumerate(curve, start=1):
-            row = {
-                "epoch": epoch,
-                "optimizer_steps": 10 * epoch,
-                "train_loss": 1 / epoch,
-                "train_seconds": 2.0,
-                "valid_seconds": 1.0,
-                "valid": valid(value),
-            }
-            journal.add_report(trial.trial_key, row, value)
+            journal.add_report(trial.trial_key, row_of(epoch, value), value)
         test = TEST[name.split("/")[1]][number] if phase == "confirm" else None
         journal.end(trial.trial_key, "finished", result=result(curve, test))
 
@@ -183,6 +180,21 @@ def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored
     assert scratch["steps to scratch's best"].text() == "30 ± 14"
     assert pretrained["steps to scratch's best"] == Sample((20, 20), digits=0, at_least=True)
     assert pretrained["reached"] == "1/2"
+
+
+def test_what_pre_training_took_is_told_beside_the_steps_that_it_saved(study: Path) -> None:
+    """Two epochs of 10 steps, 3 s each; the first is the best."""
+    assert read_pretraining(study) is None
+    cells, _ = build_cells(SPEC, {"toys": Source("/toys", "print", True)})
+    tracker = MlflowTracker(study, SPEC, cells, study / "study.sqlite3")
+    tracker.start()
+    tracker.pretraining([row_of(1, 0.5), row_of(2, 0.4)], [], result([0.5, 0.4], None))
+    tracker.finish([])
+    tracker.close()
+    assert read_pretraining(study) == Pretraining(optimizer_steps=20, best_steps=10, epochs=2, seconds=6.0)
+    write_tables(study)
+    told = (study / "tables" / "transfer.md").read_text().splitlines()[-1]
+    assert told.endswith("20 optimizer steps in 2 epochs (the epoch kept: 10 steps), 6 s.")
 
 
 def test_csv_markdown_and_latex_agree(study: Path) -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +74,7 @@ class DemoConfig:
     source_items: int = 400
     target_users: int = 400
     target_items: int = 250
+    sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # (users, items) of single shops, in the place of the above
     dimensions: int = 64  # of a feature vector
     long_pause_share: float = 0.3
     topic_weight: float = 4.0  # logits
@@ -83,6 +84,19 @@ class DemoConfig:
     impulse_share: float = 0.1  # of the choices, made by popularity alone
     no_picture_share: float = 0.02  # of the items
     no_text_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        shops = (*self.sources, *self.targets)
+        if len(set(shops)) != len(shops):
+            raise ValueError("names a shop twice.")
+        for name, size in self.sizes.items():
+            if name not in shops or len(size) != 2 or min(size) < 1:
+                raise ValueError(f"sizes has {name}: {list(size)}; it gives [users, items] of one of the shops: {', '.join(shops)}.")
+
+    def size(self, shop: str) -> tuple[int, ...]:
+        """A shop's (users, items)."""
+        usual = (self.source_users, self.source_items) if shop in self.sources else (self.target_users, self.target_items)
+        return self.sizes.get(shop, usual)
 
 
 @dataclass(frozen=True)
@@ -120,9 +134,9 @@ def write_demo(out: str | Path, *, seed: int = 0, force: bool = False, config: D
 
 def write_shop(place: Path, name: str, random: np.random.Generator, config: DemoConfig, *, seed: int) -> Domain:
     """Write one shop as a domain with pictures, without features."""
-    is_source = name in config.sources
-    catalogue = stock_shop(random, config.source_items if is_source else config.target_items, config)
-    offsets, items, timestamps = simulate(random, catalogue, config.source_users if is_source else config.target_users, config)
+    n_users, n_items = config.size(name)
+    catalogue = stock_shop(random, n_items, config)
+    offsets, items, timestamps = simulate(random, catalogue, n_users, config)
     numbers = range(1, len(catalogue.topic) + 1)
     pictures = [f"images/{i}.png" if catalogue.has_picture[i - 1] else None for i in numbers]
     table = pd.DataFrame({"item": [f"{name}-{i}" for i in numbers], "text": catalogue.texts, "image": pictures})
