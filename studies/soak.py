@@ -69,7 +69,7 @@ class Soak:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 every invariant held, 1 one did not, 2 bad input."""
+    """Exit status: 0 every invariant held, 1 one did not or it was interrupted, 2 bad input."""
     told = _parser().parse_args(arguments)
     if not Path("/proc/self/stat").exists() or min(told.kills, told.trials) < 1:
         print("error: the soak needs Linux's /proc, and at least one kill and one trial.", file=sys.stderr)
@@ -78,6 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: cluster and driver are taken down
     began, out = time.monotonic(), (told.out or Path(tempfile.mkdtemp(prefix="soak_"))).resolve()
     trials = studies = 0
+    checked: Counter[str] = Counter()  # the kills of the studies that were checked
     with small_cluster() as cluster, tqdm(total=told.kills, unit="kill") as bar:
         soak = Soak(out, cluster, cluster.address, random.Random(told.seed), told.pause)
         try:
@@ -86,15 +87,18 @@ def main(arguments: list[str] | None = None) -> int:
                 run_study(soak, spec, told.kills, bar)
                 trials += check_study(spec, out, random.Random(spec.seed), reruns=told.reruns, kills=soak.kills)
                 studies += 1
+                checked = soak.done.copy()
+        except KeyboardInterrupt:
+            print(f"\nInterrupted; {spec.study} and its {soak.kills} kills are not checked. Its files: {out / spec.study}", file=sys.stderr)
         except Violated as error:
             print(f"\nVIOLATED: {error}\nIts files: {out / spec.study}", file=sys.stderr)
             return 1
-    total, seconds = sum(soak.done.values()), time.monotonic() - began
-    killed = ", ".join(f"{kind} {count}" for kind, count in sorted(soak.done.items()))
-    print(f"{total} kills ({killed}), {studies} studies, {trials} trials, {seconds:.0f} s: every invariant held.")
-    if told.out is None:
+    seconds, whole = time.monotonic() - began, checked.total() >= told.kills
+    killed = ", ".join(f"{kind} {count}" for kind, count in sorted(checked.items()))
+    print(f"{checked.total()} kills ({killed}), {studies} studies, {trials} trials, {seconds:.0f} s: every invariant held.")
+    if told.out is None and whole:
         shutil.rmtree(out)
-    return 0
+    return 0 if whole else 1
 
 
 def _parser() -> argparse.ArgumentParser:
