@@ -26,7 +26,7 @@ from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import LastCheckpoint, RunCheckpoints, check_identity, save_model
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import EpochReport, Run, StepReport, fit
-from mmm4rec.training.metrics import mean_metrics
+from mmm4rec.training.metrics import DEFINITION, mean_metrics
 
 
 def execute(
@@ -104,6 +104,7 @@ def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
         result |= {
             **assembled.description,
             "fingerprint": next(iter(fingerprints.values())) if len(fingerprints) == 1 else fingerprints,
+            **_protocol(run),
             "seed": config.seed,
             "code_version": code_version(),
             "checkpoint": save_model(out / "best.safetensors", state.best_weights, assembled.description),
@@ -118,6 +119,14 @@ def _finish(assembled: Assembled, out: Path) -> dict[str, Any]:
         write_atomically(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     distributed.wait_for_all()  # no worker may end, and take the group down, before the files stand
     return result
+
+
+def _protocol(run: Run) -> dict[str, Any]:
+    """What a number means beside the fingerprint, and how much it was taken from; of one domain only."""
+    if len(run.data) > 1:
+        return {"metrics": DEFINITION}
+    domain = run.data[0].domain
+    return {"metrics": DEFINITION, "split": domain.info["split"], "users": domain.n_users, "items": domain.n_items}
 
 
 def _ranks(run: Run, data: DomainData, split: Split) -> pd.DataFrame:

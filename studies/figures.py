@@ -1,4 +1,7 @@
-"""The figures: convergence (validation NDCG@10 against optimizer steps) and effects. The same runs give the same bytes."""
+"""The figures: convergence (validation score against optimizer steps), effects, the transfer matrix, searched parameters.
+
+The same runs give the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from studies.effects import Effect, Interval
+from studies import sensitivity
+from studies.effects import Effect
+from studies.significance import Interval
 from studies.tracked import TrackedCell
+from studies.transfer import Gain
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000")  # Okabe and Ito, yellow darkened
 STYLES = ("-", "--", ":", "-.")
@@ -43,7 +49,7 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
                     _draw(axis, cell, arms.index(cell.arm))
             axis.set_title(domain)
             axis.set_xlabel("optimizer steps")
-        axes[0][0].set_ylabel("validation NDCG@10")
+        axes[0][0].set_ylabel(f"validation {drawn[0].metric.upper()}")
         handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         ordered = [arm for arm in arms if arm in handles]
         figure.legend([handles[arm] for arm in ordered], ordered, loc="outside lower center", ncols=min(4, len(ordered)), frameon=False)
@@ -71,6 +77,87 @@ def forest(effects: Sequence[Effect], folder: Path) -> None:
         title = f"test NDCG@10 minus that of {effects[0].baseline}: mean and 95 % interval"
         figure.legend(handles=_marks(effects), title=title, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
         _save(figure, folder, "effects")
+
+
+def matrix(gains: Sequence[Gain], folder: Path) -> None:
+    """Write `transfer_matrix.png` and `.svg`: arm (with its checkpoint, modalities and ids) × domain, the gain over scratch in percent.
+
+    Bold: its interval excludes 0. Grey: the domain has no such arm, or the arm no control.
+    """
+    if not gains:
+        return
+    domains = list(dict.fromkeys(gain.domain for gain in gains))
+    rows = list(dict.fromkeys((gain.arm, _treatment(gain)) for gain in gains))
+    values = np.full((len(rows), len(domains)), np.nan)
+    for gain in gains:
+        values[rows.index((gain.arm, _treatment(gain))), domains.index(gain.domain)] = gain.percent
+    most = max(1.0, float(np.nanmax(np.abs(values))))
+    with mpl.rc_context(RC):
+        size = (2.6 + 1.15 * len(domains), 1.2 + 0.55 * len(rows))
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        colours = mpl.colormaps["PuOr"].with_extremes(bad="#e6e6e6")  # colour-blind safe
+        image = axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=-most, vmax=most, aspect="auto")
+        for gain in gains:
+            place = rows.index((gain.arm, _treatment(gain))), domains.index(gain.domain)
+            dark = abs(gain.percent) > 0.6 * most
+            text = f"{gain.percent:+.1f} %" + ("\nnegative" if gain.difference.excludes_zero and gain.percent < 0 else "")
+            weight = "bold" if gain.difference.excludes_zero else "normal"
+            axis.text(place[1], place[0], text, ha="center", va="center", weight=weight, color="white" if dark else "black")
+        axis.set_xticks(range(len(domains)), domains)
+        axis.set_yticks(range(len(rows)), [f"{arm}\n{treatment}" for arm, treatment in rows])
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+        figure.colorbar(image, label="gain over scratch, test NDCG@10, %")
+        _save(figure, folder, "transfer_matrix")
+
+
+def _treatment(gain: Gain) -> str:
+    return f"{gain.modalities}, ids {gain.ids}"
+
+
+def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
+    """Write `sensitivity.png` and `.svg`: a row a domain, a column a searched parameter, a point a search trial, a line an arm.
+
+    Hollow points were pruned; lines join the means of the bins of tables/marginals.
+    """
+    told = [cell for cell in cells if sensitivity.scored(cell) and cell.space]
+    names = sensitivity.parameters(told)
+    if not told or not names:
+        return
+    domains, arms = list(dict.fromkeys(cell.domain for cell in told)), list(dict.fromkeys(cell.arm for cell in told))
+    with mpl.rc_context(RC):
+        size = (1 + 2.9 * len(names), 0.9 + 2.1 * len(domains))
+        figure, axes = plt.subplots(len(domains), len(names), figsize=size, squeeze=False, sharey="row", layout="constrained")
+        for line, domain in zip(axes, domains, strict=True):
+            for axis, name in zip(line, names, strict=True):
+                for cell in (cell for cell in told if cell.domain == domain and name in cell.space):
+                    _draw_searched(axis, cell, name, COLOURS[arms.index(cell.arm) % len(COLOURS)])
+                if domain == domains[-1]:
+                    axis.set_xlabel(name.removeprefix("training.").removeprefix("model.").replace("_", " "))
+            line[0].set_ylabel(f"{domain}\nbest valid {told[0].metric.upper()}")
+        handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)], marker="o", markersize=4, label=arm) for n, arm in enumerate(arms)]
+        handles.append(Line2D([], [], color=UNCLEAR, marker="o", markersize=4, markerfacecolor="white", linestyle="", label="pruned"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+        _save(figure, folder, "sensitivity")
+
+
+def _draw_searched(axis: Axes, cell: TrackedCell, name: str, colour: str) -> None:
+    low, _, log, choices = cell.space[name]
+    found = sensitivity.points([cell], name)
+    if choices is not None:
+        axis.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+    elif log and low > 0:
+        axis.set_xscale("log")
+    order = [str(choice) for choice in choices or ()]
+
+    def place(value: float | str) -> float:
+        return order.index(value) if isinstance(value, str) else value
+
+    for point in found:
+        face = "white" if point.pruned else colour
+        axis.plot(place(point.value), point.score, "o", color=colour, markerfacecolor=face, markersize=4, alpha=0.8, linewidth=0)
+    middles = [(np.mean([place(p.value) for p in part]), np.mean([p.score for p in part])) for _, part in sensitivity.bins(found) if part]
+    axis.plot(*zip(*middles, strict=True), color=colour, linewidth=1.0, alpha=0.7)
 
 
 def _colour(value: Interval) -> str:

@@ -45,6 +45,7 @@ def cell_facts(cell: Cell, position: int, spec: Spec) -> dict[str, str]:
         "confirm_seeds": cell.confirm_seeds,
         "space": json.dumps({key: [p.low, p.high, p.log, p.choices] for key, p in cell.space.items()}),
         "baseline": spec.baseline or "",
+        "metric": cell.metric,
     }
     return cell_tags(cell) | {f"mmm4rec.{key}": str(value) for key, value in facts.items()}
 
@@ -56,9 +57,10 @@ def trial_params(cell: Cell, trial: Trial) -> dict[str, Any]:
 
 
 def result_tags(result: Mapping[str, Any]) -> dict[str, str]:
-    """What a run's result says of its domain, its code and its checkpoint."""
-    named = {"fingerprint": "fingerprint", "code_version": "code_version", "checkpoint": "checkpoint"}
-    return {f"mmm4rec.{tag}": str(result[key]) for tag, key in named.items() if result.get(key) is not None}
+    """What a run's result says of its domain, its protocol, its code, its checkpoint and the one that it began from."""
+    told = {name: result.get(name) for name in ("fingerprint", "split", "metrics", "users", "items", "code_version", "checkpoint")}
+    told["began_from"] = result.get("init")
+    return {f"mmm4rec.{tag}": str(value) for tag, value in told.items() if value is not None}
 
 
 def epoch_metrics(row: Mapping[str, Any], seconds: float, timestamp_ms: int) -> list[Metric]:

@@ -1,34 +1,35 @@
-"""Reads a study's confirm trials from its MLflow store: all that tables and figures are made from.
+"""A study as its tracked runs tell it: cells with their search and confirm trials. All tables and figures are made from this.
 
-A user's ranks are an artifact of the run, and read only where they are asked for. The study may be running: what it
-has finished is there, and reading holds it up nowhere.
+The study may be running: what it has finished is there, and reading holds it up nowhere.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections import defaultdict
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # before MLflow is imported
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from mlflow import MlflowClient
-from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
 
 from mmm4rec.errors import BadInput
 from mmm4rec.tracking import mlflow_name
-from studies.files import RANKS
-from studies.mlflow_store import open_store, search, shown, store_uri
-from studies.state import Journal
+from mmm4rec.training.metrics import METRIC_NAMES
+from studies.runs import Runs
 
-METRICS = ("hit@10", "hit@20", "hit@50", "ndcg@10", "ndcg@20", "ndcg@50", "mrr")
-CURVE = "ndcg@10"  # of validation: the metric of convergence
+METRICS = METRIC_NAMES
+DEFAULT_METRIC = "ndcg@10"  # of validation, of studies whose runs do not name theirs
+DATA = ("tags.mmm4rec.users", "tags.mmm4rec.items", "tags.mmm4rec.split")
+MEANING = ("fingerprint", "split", "metrics")  # tags that must agree wherever two numbers share a column
+
+
+@dataclass(frozen=True)
+class UserRanks:
+    """The test ranks of a run, by user."""
+
+    users: np.ndarray  # [U] the domain's user numbers
+    rank: np.ndarray  # [U] from 1; halves are ties
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,29 @@ class TrackedTrial:
     run_id: str
     seed: int
     fingerprint: str
-    test: dict[str, float]  # by our metric names
-    best_valid: float  # of CURVE
+    test: Mapping[str, float]  # by our metric names
+    best_valid: float  # of the study's metric
     best_steps: int  # optimizer steps to the best epoch
     best_epoch: int
-    curve: tuple[tuple[int, float], ...]  # (optimizer steps, validation CURVE), by steps
+    curve: tuple[tuple[int, float], ...]  # (optimizer steps, validation value), by steps
+    epochs: tuple[int, ...] = ()  # of the curve's points
+    seconds: tuple[float, ...] = ()  # of training and validation, until then
+    params: Mapping[str, str] = field(default_factory=dict)
+    checkpoint: str = ""  # the hash of the weights that it began from; empty: none
+    name: str = ""
+    url: str = ""  # of its page, below the tracking server's address
+
+
+@dataclass(frozen=True)
+class SearchTrial:
+    """A search trial that is over: what it tried and what came of it."""
+
+    run_id: str
+    number: int
+    pruned: bool
+    config: Mapping[str, str]  # of the searched parameters
+    value: float  # its best validation value
+    epochs: int
 
 
 @dataclass(frozen=True)
@@ -57,11 +76,31 @@ class TrackedCell:
     epochs: int  # the budget
     baseline: str | None  # the arm that the study's spec compares the others with
     trials: tuple[TrackedTrial, ...]
-    ledger: dict[str, float] = field(default_factory=dict)  # what the cell was given and has used, by name
+    ledger: Mapping[str, float] = field(default_factory=dict)  # what the cell was given and has used, by name
+    searched: tuple[SearchTrial, ...] = ()  # by number
+    space: Mapping[str, Any] = field(default_factory=dict)  # parameter: [low, high, log, choices]
+    metric: str = DEFAULT_METRIC  # of validation: of its curves, and what it was chosen by
+    users: int | None = None  # of the domain
+    items: int | None = None
+    split: str | None = None
 
     @property
     def name(self) -> str:
         return f"{self.domain}/{self.arm}"
+
+    @property
+    def trains(self) -> bool:
+        """Whether it fits anything on the domain. What does not gives the same numbers under every seed."""
+        return self.search_trials > 0 or any(len(trial.curve) > 1 for trial in self.trials)
+
+    def of_first(self, name: str) -> str | None:
+        """A parameter of its confirm trials, as text; None where they do not tell it."""
+        return self.trials[0].params.get(name) if self.trials else None
+
+    @property
+    def patience(self) -> int | None:
+        told = self.of_first("training.patience")
+        return int(told) if told is not None and told.isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -75,142 +114,176 @@ class Pretraining:
 
 
 @dataclass(frozen=True)
-class UserRanks:
-    """The test ranks of a run, by user."""
+class TrackedStudy:
+    """All of a study that is tracked."""
 
-    users: np.ndarray  # [U] the domain's user numbers
-    rank: np.ndarray  # [U] from 1; halves are ties
+    name: str
+    cells: tuple[TrackedCell, ...]  # in the spec's order
+    pretraining: Pretraining | None = None  # None: it had none of its own, or it has not ended
 
 
-def read_study(folder: Path, uri: str | None = None) -> list[TrackedCell]:
-    """The study's cells in the spec's order, as the store at `uri` has them; None: the one in the study's folder.
+ReadRanks = Callable[[TrackedTrial], UserRanks | None]
 
-    Raises BadInput where there is no store, where one trial has two runs, and where runs of one domain have
-    different fingerprints: their numbers do not mean the same and stand in no common table.
+
+def read_study(source: Runs) -> TrackedStudy:
+    """The study in the runs.
+
+    Raises BadInput where there is no cell yet, where one trial has two runs, and where runs of one domain have other
+    fingerprints, splits or metrics: their numbers do not mean the same and stand in no common table.
     """
-    if uri is None and not (folder / "mlflow.db").is_file():
-        raise BadInput("holds no mlflow.db.", file=folder, remedy="Give the folder of a study, for instance results/demo.")
-    place = uri or store_uri(folder)
-    try:
-        return _read(open_store(place), folder, None if uri is None else _experiment_name(folder))
-    except (MlflowException, SQLAlchemyError) as error:
-        told = shown(error, place).strip().splitlines()[0]
-        raise BadInput(f"MLflow at {shown(place, place)} does not answer: {told}", remedy="Start it, or correct its address.") from None
-
-
-def read_pretraining(folder: Path, uri: str | None = None) -> Pretraining | None:
-    """What the study's own pre-training took; None where it had none, or it has not ended. The store is that of `read_study`."""
-    client = open_store(uri or store_uri(folder))
-    experiments = _experiments(client, None if uri is None else _experiment_name(folder))
-    found = search(client, experiments, "tags.`mmm4rec.phase` = 'pretrain' and tags.`mmm4rec.outcome` = 'finished'")
-    if not found:
-        return None
-    run = found[0].info.run_id
-    epochs, seconds, best = (client.get_metric_history(run, name)[-1] for name in ("epoch", "seconds", mlflow_name(f"best_valid {CURVE}")))
-    return Pretraining(epochs.step, best.step, int(epochs.value), seconds.value)
-
-
-def _experiments(client: MlflowClient, name: str | None) -> list[str]:
-    """The ids of the experiment of that name; None: of all."""
-    return [str(found.experiment_id) for found in client.search_experiments() if name in (None, found.name)]
-
-
-def _experiment_name(folder: Path) -> str:
-    """What the study is called in a store that it may share with others."""
-    if not (folder / "study.sqlite3").is_file():
-        return folder.resolve().name
-    journal = Journal(folder / "study.sqlite3")
-    try:
-        return journal.fact("mlflow_experiment") or folder.resolve().name
-    finally:
-        journal.close()
-
-
-def _read(client: MlflowClient, folder: Path, experiment: str | None) -> list[TrackedCell]:
-    """The cells in the experiment of that name; None: in any."""
-    experiments = _experiments(client, experiment)
-    cells = search(client, experiments, "tags.`mmm4rec.phase` = 'cell'") if experiments else []
-    cells = [run for run in cells if run.data.tags.get("mmm4rec.outcome") != "superseded"]
-    if not cells:
-        raise BadInput("has no cell of a study in MLflow yet.", file=folder, remedy="Run the study first.")
-    confirmed = search(client, experiments, "tags.`mmm4rec.phase` = 'confirm' and tags.`mmm4rec.outcome` = 'finished'")
+    runs = source.runs
+    runs = runs if "tags.mmm4rec.phase" in runs else runs.assign(**{"tags.mmm4rec.phase": None})
+    phases, outcomes = runs["tags.mmm4rec.phase"], _column(runs, "tags.mmm4rec.outcome")
+    cells = runs[(phases == "cell") & (outcomes != "superseded")]
+    if cells.empty:
+        raise BadInput("the store has no cell of this study yet.", remedy="Run the study first, or correct its folder or --store.")
+    confirmed = runs[(phases == "confirm") & (outcomes == "finished")]
+    searched = runs[(phases == "search") & outcomes.isin(["finished", "pruned"])]
     _check(confirmed)
-    trials = defaultdict(list)
-    for run in confirmed:
-        trials[run.data.tags["mmm4rec.cell"]].append(_trial(client, run))
-    ordered = sorted(cells, key=lambda run: int(_facts(run)["position"]))
-    return [_cell(run, trials[run.data.tags["mmm4rec.cell"]]) for run in ordered]
+    metrics = sorted(set(_column(cells, "tags.mmm4rec.metric").fillna(DEFAULT_METRIC)))
+    ours = pd.concat([confirmed, searched])
+    curves = _curves(source, list(ours["run_id"]), metrics)
+    ordered = cells.assign(position=[int(_fact(row, "position")) for row in _rows(cells)]).sort_values("position")
+    trials = {name: _rows(part) for name, part in confirmed.groupby("tags.mmm4rec.cell")}
+    tried = {name: _rows(part) for name, part in searched.groupby("tags.mmm4rec.cell")}
+    read = tuple(
+        _cell(row, trials.get(key, []), tried.get(key, []), curves) for row in _rows(ordered) for key in [row["tags.mmm4rec.cell"]]
+    )
+    return TrackedStudy(
+        str(cells.iloc[0]["experiment"]), read, _pretraining(source, runs[(phases == "pretrain") & (outcomes == "finished")])
+    )
 
 
-def read_ranks(folder: Path, trial: TrackedTrial, uri: str | None = None) -> UserRanks | None:
-    """The test ranks that MLflow keeps with a trial's run; None where it has none (runs of earlier versions).
+def ranks_reader(source: Runs) -> ReadRanks:
+    """Reads a trial's test ranks, each once."""
+    kept: dict[str, UserRanks | None] = {}
 
-    MLflow notes where artifacts lie when a study begins; of a study that was moved since, they are found in its folder.
-    """
-    client = open_store(uri or store_uri(folder))
-    with tempfile.TemporaryDirectory() as room:
-        file = folder / "artifacts" / trial.run_id / "artifacts" / RANKS
-        if any(artifact.path == RANKS for artifact in client.list_artifacts(trial.run_id)):
-            file = Path(client.download_artifacts(trial.run_id, RANKS, dst_path=room))
-        if not file.is_file():
-            return None
-        table = pd.read_parquet(file, columns=["split", "user", "rank"])
-    test = table[table["split"] == "test"]
-    return UserRanks(test["user"].to_numpy(), test["rank"].to_numpy(dtype=np.float64))
+    def read(trial: TrackedTrial) -> UserRanks | None:
+        if trial.run_id not in kept:
+            table = source.ranks(trial.run_id)
+            test = None if table is None else table[table["split"] == "test"]
+            kept[trial.run_id] = None if test is None else UserRanks(test["user"].to_numpy(), test["rank"].to_numpy(dtype=np.float64))
+        return kept[trial.run_id]
+
+    return read
 
 
-def _check(runs: list[Run]) -> None:
+Row = dict[str, Any]
+Curve = list[tuple[int, float, int, float]]  # (steps, value, epoch, seconds)
+Curves = dict[tuple[str, str], Curve]  # by run and metric
+
+
+def _rows(table: pd.DataFrame) -> list[Row]:
+    """Rows as dictionaries, without what is missing."""
+    return [{str(key): value for key, value in row.items() if not pd.isna(value)} for row in table.to_dict("records")]
+
+
+def _column(table: pd.DataFrame, name: str) -> pd.Series[Any]:
+    return table[name] if name in table else pd.Series(None, index=table.index, dtype=object)
+
+
+def _fact(row: Row, name: str, default: Any = None) -> Any:
+    """What a run says of its cell. Earlier versions wrote parameters instead of tags."""
+    return row.get(f"tags.mmm4rec.{name}", row.get(f"params.{name}", default))
+
+
+def _check(confirmed: pd.DataFrame) -> None:
     """Refuse runs that must not stand side by side."""
-    by_key: dict[str, Run] = {}
-    first: dict[str, Run] = {}
-    for run in runs:
-        tags = run.data.tags
-        twin = by_key.setdefault(tags["mmm4rec.trial_key"], run)
-        if twin is not run:
-            rule = f"trial {tags['mmm4rec.trial_key']} has two runs: {twin.info.run_id} and {run.info.run_id}."
+    by_key: dict[str, Row] = {}
+    first: dict[tuple[str, str], Row] = {}
+    for row in _rows(confirmed):
+        twin = by_key.setdefault(row["tags.mmm4rec.trial_key"], row)
+        if twin is not row:
+            rule = f"trial {row['tags.mmm4rec.trial_key']} has two runs: {twin['run_id']} and {row['run_id']}."
             raise BadInput(rule, remedy="Delete one of them in MLflow.")
-        other = first.setdefault(tags["mmm4rec.domain"], run)
-        if other.data.tags["mmm4rec.fingerprint"] != tags["mmm4rec.fingerprint"]:
-            rule = (
-                f"domain '{tags['mmm4rec.domain']}' had two fingerprints:"
-                f" {other.data.tags['mmm4rec.fingerprint']} in run {other.info.run_id} ({other.info.run_name}),"
-                f" {tags['mmm4rec.fingerprint']} in run {run.info.run_id} ({run.info.run_name})."
-            )
-            raise BadInput(rule, remedy="Their numbers cannot be compared: run both on the same prepared domain.")
+        for name in MEANING:
+            if (told := row.get(f"tags.mmm4rec.{name}")) is None:
+                continue
+            other = first.setdefault((row["tags.mmm4rec.domain"], name), row)
+            if (before := other[f"tags.mmm4rec.{name}"]) != told:
+                what = name if name == "metrics" else f"{name}s"
+                rule = (
+                    f"domain '{row['tags.mmm4rec.domain']}' had two {what}: {before} in run {other['run_id']} ({other['name']}),"
+                    f" {told} in run {row['run_id']} ({row['name']})."
+                )
+                raise BadInput(rule, remedy="Their numbers cannot be compared: run both on the same prepared domain.")
 
 
-def _trial(client: MlflowClient, run: Run) -> TrackedTrial:
-    history = client.get_metric_history(run.info.run_id, mlflow_name(f"valid {CURVE}"))
-    epochs = {metric.step: int(metric.value) for metric in client.get_metric_history(run.info.run_id, "epoch")}
-    best = client.get_metric_history(run.info.run_id, mlflow_name(f"best_valid {CURVE}"))[-1]
-    return TrackedTrial(
-        run_id=run.info.run_id,
-        seed=int(run.data.params["seed"]),
-        fingerprint=run.data.tags["mmm4rec.fingerprint"],
-        test={name: run.data.metrics[mlflow_name(f"test {name}")] for name in METRICS},
-        best_valid=best.value,
-        best_steps=best.step,
-        best_epoch=epochs.get(best.step, 0),
-        curve=tuple(sorted((metric.step, metric.value) for metric in history)),
+def _curves(source: Runs, run_ids: list[str], metrics: list[str]) -> Curves:
+    """The curves of runs, by steps; a value that came twice for a step stands once, the later one."""
+    names = {mlflow_name(f"valid {metric}"): metric for metric in metrics}
+    table = source.curves(run_ids, [*names, "epoch", "seconds"])
+    wide = table.drop_duplicates(["run_id", "metric", "step"], keep="last").pivot(
+        index=["run_id", "step"], columns="metric", values="value"
     )
+    wide = wide.reset_index().sort_values(["run_id", "step"])
+    curves: Curves = {}
+    for name, metric in names.items():
+        if name not in wide:
+            continue
+        told = wide[wide[name].notna()]
+        epochs, seconds = (_column(told, column).astype(float).fillna(0.0) for column in ("epoch", "seconds"))
+        for run, *point in zip(told["run_id"], told["step"], told[name], epochs, seconds, strict=True):
+            curves.setdefault((run, metric), []).append((int(point[0]), float(point[1]), int(point[2]), float(point[3])))
+    return curves
 
 
-def _facts(run: Run) -> dict[str, str]:
-    """What a cell's run says of its cell, by name. Earlier versions wrote parameters instead of tags."""
-    tags = {name.removeprefix("mmm4rec."): value for name, value in run.data.tags.items() if name.startswith("mmm4rec.")}
-    return {**run.data.params, **tags}
-
-
-def _cell(run: Run, trials: list[TrackedTrial]) -> TrackedCell:
-    facts = _facts(run)
+def _cell(row: Row, trials: list[Row], tried: list[Row], curves: Curves) -> TrackedCell:
+    metric = str(_fact(row, "metric", DEFAULT_METRIC))
+    space = json.loads(_fact(row, "space", "{}"))
+    confirmed = [_trial(trial, curves.get((trial["run_id"], metric), []), metric) for trial in trials]
+    searched = [_search_trial(trial, curves.get((trial["run_id"], metric), []), space) for trial in tried]
+    users, items, split = (next((trial[key] for trial in trials if key in trial), None) for key in DATA)
     return TrackedCell(
-        domain=facts["domain"],
-        arm=facts["arm"],
-        init=facts["init"],
-        besides_init=facts["besides_init"],
-        search_trials=int(facts["search_trials"]),
-        epochs=int(facts["epochs"]),
-        baseline=facts.get("baseline") or None,
-        trials=tuple(sorted(trials, key=lambda trial: trial.seed)),
-        ledger={name.removeprefix("ledger/"): value for name, value in run.data.metrics.items() if name.startswith("ledger/")},
+        domain=_fact(row, "domain"),
+        arm=_fact(row, "arm"),
+        init=_fact(row, "init"),
+        besides_init=_fact(row, "besides_init"),
+        search_trials=int(_fact(row, "search_trials")),
+        epochs=int(_fact(row, "epochs")),
+        baseline=_fact(row, "baseline") or None,
+        trials=tuple(sorted(confirmed, key=lambda trial: trial.seed)),
+        ledger={name.removeprefix("metrics.ledger/"): value for name, value in row.items() if name.startswith("metrics.ledger/")},
+        searched=tuple(sorted(searched, key=lambda trial: trial.number)),
+        space=space,
+        metric=metric,
+        users=None if users is None else int(users),
+        items=None if items is None else int(items),
+        split=split,
     )
+
+
+def _trial(row: Row, curve: Curve, metric: str) -> TrackedTrial:
+    best_steps, best_valid, best_epoch, _ = max(curve, key=lambda point: (point[1], point[0]))  # the latest of equals
+    return TrackedTrial(
+        run_id=row["run_id"],
+        seed=int(row["params.seed"]),
+        fingerprint=row["tags.mmm4rec.fingerprint"],
+        test={name: row[f"metrics.{mlflow_name(f'test {name}')}"] for name in METRICS},
+        best_valid=best_valid,
+        best_steps=best_steps,
+        best_epoch=best_epoch,
+        curve=tuple((steps, value) for steps, value, _, _ in curve),
+        epochs=tuple(epoch for _, _, epoch, _ in curve),
+        seconds=tuple(seconds for _, _, _, seconds in curve),
+        params={name.removeprefix("params."): value for name, value in row.items() if name.startswith("params.")},
+        checkpoint=row.get("tags.mmm4rec.began_from", ""),
+        name=row["name"],
+        url=f"#/experiments/{row['experiment_id']}/runs/{row['run_id']}" if "experiment_id" in row else "",
+    )
+
+
+def _search_trial(row: Row, curve: Curve, space: Mapping[str, Any]) -> SearchTrial:
+    config = {name: row[f"params.{name}"] for name in space if f"params.{name}" in row}
+    value = max((value for _, value, _, _ in curve), default=float("nan"))
+    pruned = row["tags.mmm4rec.outcome"] == "pruned"
+    return SearchTrial(row["run_id"], int(row.get("params.number", 0)), pruned, config, value, curve[-1][2] if curve else 0)
+
+
+def _pretraining(source: Runs, runs: pd.DataFrame) -> Pretraining | None:
+    if runs.empty:
+        return None
+    run = runs.iloc[0]["run_id"]
+    ((_, curve),) = _curves(source, [run], [DEFAULT_METRIC]).items()
+    best = max(curve, key=lambda point: (point[1], point[0]))
+    return Pretraining(curve[-1][0], best[0], curve[-1][2], curve[-1][3])

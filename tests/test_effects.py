@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,31 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
+from scipy.stats import t as student
 
 from mmm4rec.config import from_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.training.metrics import metrics
-from studies import effects as module
+from studies import significance as module
 from studies.cells import Source, build_cells
-from studies.effects import RESAMPLES, SEED, Interval, gains, study_effects
+from studies.effects import study_effects, study_leads
 from studies.mlflow_tracker import MlflowTracker, store_uri
+from studies.runs import MlflowRuns
+from studies.significance import RESAMPLES, SEED, gains, satterthwaite
 from studies.spec import Spec
 from studies.state import Journal
 from studies.tables import effects_table, main
-from studies.tracked import METRICS, TrackedCell, TrackedTrial, UserRanks, read_ranks, read_study
+from studies.tracked import METRICS, TrackedCell, TrackedTrial, UserRanks, ranks_reader, read_study
 
 
 def cell(arm: str, seeds: tuple[int, ...], *, domain: str = "toys", baseline: str | None = "scratch") -> TrackedCell:
     trials = tuple(TrackedTrial(f"run-{domain}-{arm}-{seed}", seed, "print", {}, 0.0, 0, 0, ()) for seed in seeds)
-    return TrackedCell(domain, arm, "scratch", "x", 0, 1, baseline, trials)
+    return TrackedCell(domain, arm, "scratch", "x", 1, 1, baseline, trials)
+
+
+def with_test(cell: TrackedCell, rank: int) -> TrackedCell:
+    test = metrics(np.full(1, float(rank)))
+    return replace(cell, trials=tuple(replace(trial, test=test) for trial in cell.trials))
 
 
 def reader(ranks: dict[tuple[str, int], Any]) -> Callable[[TrackedTrial], UserRanks | None]:
@@ -52,9 +60,9 @@ def random_ranks(arms: tuple[str, ...], seeds: tuple[int, ...], users: int) -> d
 
 def test_gains_are_those_of_the_metrics_ties_too() -> None:
     rank = np.random.default_rng(1).integers(2, 40, 500) / 2
-    ndcg, hit = gains(rank).mean(axis=1)
-    assert (ndcg, hit) == pytest.approx((metrics(rank)["ndcg@10"], metrics(rank)["hit@10"]))
-    np.testing.assert_allclose(gains(np.array([1.0, 3.0, 10.0, 10.5])), [[1, 0.5, 1 / np.log2(11), 0], [1, 1, 1, 0]])
+    assert dict(zip(METRICS, gains(rank).mean(axis=1), strict=True)) == pytest.approx(metrics(rank))
+    found = gains(np.array([1.0, 3.0, 10.0, 10.5]), ("ndcg@10", "hit@10"))
+    np.testing.assert_allclose(found, [[1, 0.5, 1 / np.log2(11), 0], [1, 1, 1, 0]])
 
 
 def test_the_interval_is_a_loop_over_resampled_users_and_seeds() -> None:
@@ -65,32 +73,37 @@ def test_the_interval_is_a_loop_over_resampled_users_and_seeds() -> None:
     for effect in found:
         draw_users, draw_seeds = np.random.default_rng(SEED), np.random.default_rng((SEED, len(seeds)))
         values = []
-        for _ in range(RESAMPLES):
-            chosen, runs = draw_users.integers(users, size=users), draw_seeds.integers(len(seeds), size=len(seeds))
+        for _ in range(RESAMPLES):  # one user and one seed fewer than there are
+            chosen, runs = draw_users.integers(users, size=users - 1), draw_seeds.integers(len(seeds), size=len(seeds) - 1)
             total = np.zeros(2)
             for seed in (seeds[run] for run in runs):
                 for user in chosen:
                     for sign, arm in ((1, effect.arm), (-1, "scratch")):
                         rank = ranks[arm, seed][user]
                         total += sign * np.array([1 / np.log2(rank + 1), 1.0]) * (rank <= 10)
-            values.append(total / (users * len(seeds)))
-        (low, low_hit), (high, high_hit) = np.percentile(values, (2.5, 97.5), axis=0)
-        assert (effect.ndcg.low, effect.ndcg.high) == pytest.approx((low, high), abs=1e-10)
-        assert (effect.hit.low, effect.hit.high) == pytest.approx((low_hit, high_hit), abs=1e-10)
-        means = [metrics(ranks[effect.arm, seed])["ndcg@10"] - metrics(ranks["scratch", seed])["ndcg@10"] for seed in seeds]
-        assert effect.ndcg.mean == pytest.approx(np.mean(means), abs=1e-10)
+            values.append(total / ((users - 1) * (len(seeds) - 1)))
+        errors = np.std(values, axis=0, ddof=1)
+        for found, name, error in ((effect.ndcg, "ndcg@10", errors[0]), (effect.hit, "hit@10", errors[1])):
+            means = [metrics(ranks[effect.arm, seed])[name] - metrics(ranks["scratch", seed])[name] for seed in seeds]
+            assert (found.mean, found.error) == pytest.approx((np.mean(means), error), abs=1e-10)
+            seeds_part = min(np.var(means, ddof=1) / len(seeds), error**2)
+            freedom = satterthwaite([(seeds_part, len(seeds) - 1), (error**2 - seeds_part, users - 1)])
+            half = student.ppf(0.975, freedom) * error
+            assert (found.low, found.high) == pytest.approx((np.mean(means) - half, np.mean(means) + half), abs=1e-9)
+            assert found.p == pytest.approx(2 * student.sf(abs(np.mean(means)) / error, freedom), abs=1e-9)
 
 
 def test_equal_arms_differ_by_nothing_and_a_shift_by_its_gain() -> None:
     seeds = (0, 1)
     ranks = {(arm, seed): np.full(7, {"scratch": 1, "same": 1, "third": 3}[arm]) for arm in ("scratch", "same", "third") for seed in seeds}
     same, third = study_effects([cell(arm, seeds) for arm in ("scratch", "same", "third")], reader(ranks))
-    assert (same.ndcg, same.hit) == (Interval(0, 0, 0), Interval(0, 0, 0))
+    assert (same.ndcg.low, same.ndcg.high, same.ndcg.p) == (same.hit.low, same.hit.high, same.hit.p) == (0, 0, 1)
     assert same.ndcg.text() == "+0.0000 [+0.0000, +0.0000]"
     assert not same.ndcg.excludes_zero
-    assert third.ndcg == Interval(-0.5, -0.5, -0.5)  # 1 / log2(4) - 1 / log2(2)
+    assert (third.ndcg.mean, third.ndcg.low, third.ndcg.high, third.ndcg.p) == (-0.5, -0.5, -0.5, 0)  # 1 / log2(4) - 1 / log2(2)
     assert third.ndcg.excludes_zero
-    assert third.hit == Interval(0, 0, 0)
+    assert not third.marked, "two seeds are too few for a mark"
+    assert third.hit.mean == third.hit.low == 0
 
 
 def test_the_interval_spans_users_where_seeds_agree_and_seeds_where_users_do() -> None:
@@ -99,13 +112,16 @@ def test_the_interval_spans_users_where_seeds_agree_and_seeds_where_users_do() -
     ranks = {("a", seed): own for seed in seeds} | {("scratch", seed): base for seed in seeds}
     ranks |= {("b", seed): np.full(users, 3 - seed) for seed in seeds} | {("scratch_b", seed): np.full(users, 3) for seed in seeds}
     (a,) = study_effects([cell("a", seeds), cell("scratch", seeds)], reader(ranks))
-    spread = (gains(own) - gains(base))[0].std() / np.sqrt(users)
+    spread = (gains(own, ("ndcg@10",)) - gains(base, ("ndcg@10",))).std() / np.sqrt(users)
     assert a.ndcg.low is not None
     assert a.ndcg.high is not None
     assert a.ndcg.high - a.ndcg.low == pytest.approx(2 * 1.96 * spread, rel=0.08)
+    assert a.ndcg.freedom == pytest.approx(users - 1, rel=1e-6)
     (b,) = study_effects([cell("b", seeds, baseline="scratch_b"), cell("scratch_b", seeds, baseline="scratch_b")], reader(ranks))
-    worst, best = 0.0, 0.5  # ranks 3 and 1 against 3; three equal seeds come 2 times in 27
-    assert (b.ndcg.low, b.ndcg.high) == pytest.approx((worst, best))
+    by_seed = np.array([1 / np.log2(3 - seed + 1) - 0.5 for seed in seeds])  # ranks 3, 2 and 1 against 3, of every user
+    assert b.ndcg.freedom == pytest.approx(2)
+    error = by_seed.std(ddof=1) / np.sqrt(3)  # what three numbers say of their mean
+    assert b.ndcg.high - b.ndcg.mean == pytest.approx(4.303 * error, rel=0.08)
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +147,7 @@ def test_what_has_no_partner_is_left_out_and_one_seed_gives_a_mean_only() -> Non
 @pytest.mark.parametrize("users", [[0, 2, 1], [0, 1, 3], [0, 1]])
 def test_other_users_are_refused_by_the_names_of_the_runs(users: list[int]) -> None:
     ranks = {("scratch", 0): [1, 2, 3], ("scratch", 1): [1, 2, 3], ("a", 0): [1, 2, 3], ("a", 1): (users, [1, 2, 3][: len(users)])}
-    with pytest.raises(BadInput, match=r"run-toys-scratch-0 \(toys/scratch, seed 0\) and run-toys-a-1 \(toys/a, seed 1\) rank other users"):
+    with pytest.raises(BadInput, match=r"run-toys-a-0 \(toys/a, seed 0\) and run-toys-a-1 \(toys/a, seed 1\) rank other users"):
         study_effects([cell("a", (0, 1)), cell("scratch", (0, 1))], reader(ranks))
 
 
@@ -140,6 +156,30 @@ def test_ranks_are_not_read_without_a_baseline() -> None:
         raise AssertionError(trial)
 
     assert study_effects([cell("a", (0,), baseline=None), cell("scratch", (0,), baseline=None)], read) == []
+
+
+def test_an_arm_that_fits_nothing_stands_beside_every_seed() -> None:
+    ranks = random_ranks(("scratch", "popularity"), (0, 1, 2), 40)
+    popularity = replace(cell("popularity", (0,)), search_trials=0)
+    (effect,) = study_effects([cell("scratch", (0, 1, 2)), popularity], reader(ranks))
+    again = {(arm, seed): ranks[arm, 0 if arm == "popularity" else seed] for arm, seed in ranks}
+    (expected,) = study_effects([cell("scratch", (0, 1, 2)), cell("popularity", (0, 1, 2))], reader(again))
+    assert effect == expected
+    assert effect.seeds == 3
+
+
+def test_leads_are_of_the_best_over_the_second_and_marks_need_five_seeds() -> None:
+    ranks = {("a", seed): np.full(50, 1) for seed in range(5)} | {("b", seed): np.full(50, 3) for seed in range(5)}
+    ranks |= {("c", seed): np.full(50, 9) for seed in range(5)}
+    for seeds, marks in ((tuple(range(5)), True), ((0, 1, 2, 3), False)):
+        cells = [with_test(cell(arm, seeds), rank) for arm, rank in (("b", 3), ("c", 9), ("a", 1))]
+        leads = {lead.metric: lead for lead in study_leads(cells, reader(ranks))}
+        assert {(lead.arm, lead.second, lead.seeds) for name, lead in leads.items() if name in ("ndcg@10", "mrr")} == {
+            ("a", "b", len(seeds))
+        }
+        assert leads["ndcg@10"].difference.mean == 0.5
+        assert (leads["ndcg@10"].marked, leads["mrr"].marked) == (marks, marks)
+        assert not leads["hit@50"].marked, "all of them hit"
 
 
 PLAIN = {
@@ -230,7 +270,7 @@ def test_the_table_and_figure_come_out_of_mlflow_alone_and_the_same_each_time(ma
     markdown, latex = ((made / "tables" / f"effects.{suffix}").read_text(encoding="utf-8") for suffix in ("md", "tex"))
     assert markdown.count("**-0.5000 [-0.5000, -0.5000]**") == markdown.count("+0.0000 [+0.0000, +0.0000] ") == 2
     assert markdown.count("-1.0000 (mean only)") == 4
-    assert r"\textbf{$-$0.5000 [$-$0.5000, $-$0.5000]} & +0.0000 [+0.0000, +0.0000] \\" in latex
+    assert r"\textbf{$-$0.5000 [$-$0.5000, $-$0.5000]} & +0.0000 [+0.0000, +0.0000] & " in latex
     assert r"$\Delta$ ndcg@10" in latex
     assert main([str(made), "--baseline", "nobody"]) == 2
     files = [file for name in ("tables", "figures") for file in (made / name).iterdir()]
@@ -250,13 +290,14 @@ def moved(made: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_a_study_that_was_moved_gives_its_effects(moved: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "artifacts", moved / "artifacts")
-    table = effects_table(study_effects(read_study(moved), partial(read_ranks, moved)))
+    table = effects_table(study_effects(read_study(MlflowRuns(moved)).cells, ranks_reader(MlflowRuns(moved))))
     assert [row[:2] for row in table.rows] == [(domain, arm) for domain in ("toys", "games") for arm in ("worse", "popularity")]
 
 
 def test_a_study_whose_runs_kept_no_ranks_has_its_other_tables(moved: Path) -> None:
     assert main([str(moved)]) == 0
-    assert {file.name for file in (moved / "tables").iterdir()} == {"main.csv", "main.md", "main.tex"}
+    assert "main.csv" in {file.name for file in (moved / "tables").iterdir()}
+    assert not list((moved / "tables").glob("effects*"))
     assert not (moved / "figures" / "effects.png").exists()
 
 

@@ -29,9 +29,10 @@ from studies.cells import Cell, Source, build_cells
 from studies.mlflow_store import is_away, open_store, search, shown, store_uri
 from studies.mlflow_tracker import MlflowTracker
 from studies.outbox import NotWritten, Outbox
+from studies.runs import MlflowRuns
 from studies.spec import Spec
 from studies.state import Journal
-from studies.tracked import METRICS, read_ranks, read_study
+from studies.tracked import METRICS, ranks_reader, read_study
 
 SPEC = from_dict(
     Spec,
@@ -336,7 +337,7 @@ def test_a_server_that_is_ahead_of_a_restored_journal_keeps_no_stranger_and_no_e
     assert after[name][5]["epoch"][:3] == before[name][5]["epoch"]
     assert [value for _, _, value in after[name][5]["seconds"]] == [3.0, 6.0, 9.0, 12.0]
     assert ("mmm4rec.outcome", "superseded") in after["toys/scratch confirm 0"][3]
-    assert not any(cell.trials for cell in read_study(folder))
+    assert not any(cell.trials for cell in read_study(MlflowRuns(folder)).cells)
 
 
 @pytest.mark.slow
@@ -347,7 +348,7 @@ def test_a_cell_that_is_taken_out_leaves_the_tables_and_comes_back_with_its_row(
             tracker.catch_up()
             tracker.baseline()
             tracker.flush()
-        assert [cell.name for cell in read_study(folder)] == [cell.name for cell in cells]
+        assert [cell.name for cell in read_study(MlflowRuns(folder)).cells] == [cell.name for cell in cells]
 
 
 def test_the_artifacts_tags_and_ledger_of_a_study_are_read_back(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -367,7 +368,7 @@ def test_the_artifacts_tags_and_ledger_of_a_study_are_read_back(folder: Path, ca
     assert ("mmm4rec.origin", "warm start: here") in runs["toys/scratch search 0"][3]
     ledger = {name: [value for _, _, value in curve] for name, curve in runs["toys/scratch"][5].items()}
     assert ledger == {"ledger/gpu hours": [1.0, 2.5], "ledger/trials": [2.0]}
-    scratch, text_only = read_study(folder)
+    scratch, text_only = read_study(MlflowRuns(folder)).cells
     assert scratch.ledger == {"gpu hours": 2.5, "trials": 2}
     assert (text_only.ledger, text_only.trials) == ({}, ())
     assert [trial.curve for trial in scratch.trials] == [((7, 0.1), (14, 0.2), (21, 0.3))]
@@ -380,13 +381,13 @@ def test_superseded_trials_leave_the_tables_and_their_runs_stay(folder: Path) ->
     journal = Journal(folder / "study.sqlite3")
     journal.supersede("toys/scratch")
     mirror(folder, keys)
-    assert read_study(folder)[0].trials == ()
+    assert read_study(MlflowRuns(folder)).cells[0].trials == ()
     again = journal.start(SCRATCH, "confirm", 0, 10_000, {"training.learning_rate": 0.01})
     add_epochs(journal, again.trial_key, 1, 2)
     end(journal, folder, again.trial_key, 2)
     journal.close()
     mirror(folder, [*keys, again.trial_key])
-    (trial,) = read_study(folder)[0].trials
+    (trial,) = read_study(MlflowRuns(folder)).cells[0].trials
     assert trial.best_epoch == 2
     told = Counter((run[1], dict(run[3])["mmm4rec.outcome"]) for run in facts(store_uri(folder)) if "scratch " in run[0])
     assert told == {("KILLED", "superseded"): 2, ("FINISHED", "finished"): 1}
@@ -397,21 +398,28 @@ def test_cells_that_join_or_change_are_known_to_mlflow_before_their_first_trial(
     with tracking(folder, cells=(SCRATCH,)) as tracker:
         tracker.add_cells([TEXT_ONLY])
         tracker.flush()
-        assert [(cell.name, cell.search_trials) for cell in read_study(folder)] == [("toys/scratch", 1), ("toys/text_only", 1)]
+        assert [(cell.name, cell.search_trials) for cell in read_study(MlflowRuns(folder)).cells] == [
+            ("toys/scratch", 1),
+            ("toys/text_only", 1),
+        ]
         tracker.add_cells([TEXT_ONLY, replace(SCRATCH, search_trials=9)])  # all: in their order
         tracker.flush()
-    assert [(cell.name, cell.search_trials) for cell in read_study(folder)] == [("toys/text_only", 1), ("toys/scratch", 9)]
+    assert [(cell.name, cell.search_trials) for cell in read_study(MlflowRuns(folder)).cells] == [
+        ("toys/text_only", 1),
+        ("toys/scratch", 9),
+    ]
 
 
 READER = """
 import sys, time
 from pathlib import Path
 from mmm4rec.errors import BadInput
+from studies.runs import MlflowRuns
 from studies.tracked import read_study
 folder, reads, most = Path(sys.argv[1]), 0, 0
 while not (folder / "over").exists():
     try:
-        most = max(most, sum(len(cell.trials) for cell in read_study(folder)))
+        most = max(most, sum(len(cell.trials) for cell in read_study(MlflowRuns(folder)).cells))
     except BadInput as error:
         assert "no cell of a study" in str(error), error
     reads += 1
@@ -452,7 +460,7 @@ def test_a_burst_of_100_trials_meets_no_locked_database_while_another_process_re
     assert most > 0, "it saw trials while the tracker wrote"
     assert caplog.text == "", "MLflow refused nothing and was never away"
     assert slowest < 5  # seconds; an idle machine shows milliseconds
-    (scratch, _) = read_study(folder)
+    (scratch, _) = read_study(MlflowRuns(folder)).cells
     assert len(scratch.trials) == 100
     assert {len(trial.curve) for trial in scratch.trials} == {5}
     journal.close()
@@ -508,9 +516,9 @@ def test_a_real_server_that_is_killed_and_started_again_has_everything_once(fold
         time.sleep(2)
         with server(port, store):
             tracker.finish([], patience_seconds=60)
-            (scratch, _) = read_study(study, f"http://127.0.0.1:{port}")
+            (scratch, _) = read_study(MlflowRuns(study, f"http://127.0.0.1:{port}")).cells
             assert [trial.curve for trial in scratch.trials] == [((7, 0.1), (14, 0.2), (21, 0.3))] * 6
-            assert read_ranks(study, scratch.trials[0], f"http://127.0.0.1:{port}") is None
+            assert ranks_reader(MlflowRuns(study, f"http://127.0.0.1:{port}"))(scratch.trials[0]) is None
             there = facts(f"http://127.0.0.1:{port}")
     journal._db.execute("UPDATE trials SET tracked = 0")
     journal.close()

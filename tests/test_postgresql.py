@@ -24,6 +24,7 @@ from studies import outbox
 from studies.mlflow_store import store_uri
 from studies.mlflow_tracker import MlflowTracker
 from studies.outbox import NotWritten
+from studies.runs import MlflowRuns
 from studies.tracked import read_study
 
 psycopg = pytest.importorskip("psycopg", reason="needs psycopg: pip install 'mmm4rec[postgresql]'")
@@ -132,7 +133,7 @@ def test_postgresql_holds_what_sqlite_does_and_the_password_is_nowhere(
                 tracker.trial(key)
             tracker.finish([])
     assert facts(server.uri("mlflow")) == facts(store_uri(here))
-    assert read_study(there, server.uri("mlflow"))[0].trials[0].curve == ((7, 0.1), (14, 0.2), (21, 0.3))
+    assert read_study(MlflowRuns(there, server.uri("mlflow"))).cells[0].trials[0].curve == ((7, 0.1), (14, 0.2), (21, 0.3))
     assert not (there / "mlflow.db").exists()
     written = b"".join(file.read_bytes() for file in there.rglob("*") if file.is_file())
     output = capfd.readouterr()
@@ -152,7 +153,10 @@ def test_another_study_of_the_same_name_has_an_experiment_of_its_own(server: Ser
         with tracking(tmp_path / name, server.uri("mlflow")) as tracker:
             tracker.trial(trial.trial_key)
             tracker.finish([])
-    epochs = {name: [len(trial.curve) for trial in read_study(tmp_path / name, server.uri("mlflow"))[0].trials] for name in ("one", "two")}
+    epochs = {
+        name: [len(trial.curve) for trial in read_study(MlflowRuns(tmp_path / name, server.uri("mlflow"))).cells[0].trials]
+        for name in ("one", "two")
+    }
     assert epochs == {"one": [1], "two": [2]}
 
 
@@ -177,7 +181,7 @@ def test_a_postgresql_that_is_stopped_for_a_while_has_everything_once(
         server.start()
         tracker.finish([], patience_seconds=60)
     journal.close()
-    (scratch, _) = read_study(tmp_path / "away", server.uri("mlflow"))
+    (scratch, _) = read_study(MlflowRuns(tmp_path / "away", server.uri("mlflow"))).cells
     assert [trial.curve for trial in scratch.trials] == [((7, 0.1), (14, 0.2), (21, 0.3))] * 10
     assert "MLflow answers again" in caplog.text
     assert PASSWORD not in caplog.text

@@ -15,10 +15,13 @@ from mmm4rec.config import from_dict
 from mmm4rec.errors import BadInput
 from studies.cells import Source, build_cells
 from studies.mlflow_tracker import MlflowTracker, store_uri
+from studies.runs import MlflowRuns
 from studies.spec import Spec
 from studies.state import Journal
-from studies.tables import Sample, Table, main, main_table, transfer_table, write_tables
-from studies.tracked import METRICS, Pretraining, read_pretraining, read_study
+from studies.table import Sample, Table
+from studies.tables import main, main_table, write_tables
+from studies.tracked import METRICS, Pretraining, read_study
+from studies.transfer import transfer_table
 
 SPEC = from_dict(
     Spec,
@@ -153,7 +156,7 @@ def test_a_curve_stands_in_mlflow_once_by_optimizer_steps(study: Path) -> None:
 
 
 def test_the_main_table_holds_mean_and_sd_of_confirm_trials_and_marks_the_best(study: Path) -> None:
-    table = main_table(read_study(study))
+    table = main_table(read_study(MlflowRuns(study)).cells)
     rows = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rows) == ["pretrained", "scratch", "shuffled_pretrained", "popularity"]
     pretrained = rows["pretrained"]
@@ -168,7 +171,7 @@ def test_the_main_table_holds_mean_and_sd_of_confirm_trials_and_marks_the_best(s
 
 
 def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored(study: Path) -> None:
-    table = transfer_table(read_study(study))
+    table = transfer_table(read_study(MlflowRuns(study)).cells)
     rows = {row[1]: dict(zip(table.columns, row, strict=True)) for row in table.rows}
     assert list(rows) == ["scratch", "pretrained"], "shuffled_pretrained has no scratch arm that differs in init alone"
     pretrained, scratch = rows["pretrained"], rows["scratch"]
@@ -184,14 +187,14 @@ def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored
 
 def test_what_pre_training_took_is_told_beside_the_steps_that_it_saved(study: Path) -> None:
     """Two epochs of 10 steps, 3 s each; the first is the best."""
-    assert read_pretraining(study) is None
+    assert read_study(MlflowRuns(study)).pretraining is None
     cells, _ = build_cells(SPEC, {"toys": Source("/toys", "print", True)})
     tracker = MlflowTracker(study, SPEC, cells, study / "study.sqlite3")
     tracker.start()
     tracker.pretraining([row_of(1, 0.5), row_of(2, 0.4)], [], result([0.5, 0.4], None))
     tracker.finish([])
     tracker.close()
-    assert read_pretraining(study) == Pretraining(optimizer_steps=20, best_steps=10, epochs=2, seconds=6.0)
+    assert read_study(MlflowRuns(study)).pretraining == Pretraining(optimizer_steps=20, best_steps=10, epochs=2, seconds=6.0)
     write_tables(study)
     told = (study / "tables" / "transfer.md").read_text().splitlines()[-1]
     assert told.endswith("20 optimizer steps in 2 epochs (the epoch kept: 10 steps), 6 s.")
@@ -201,7 +204,7 @@ def test_csv_markdown_and_latex_agree(study: Path) -> None:
     write_tables(study)
     with (study / "tables" / "main.csv").open() as file:
         rows = list(csv.DictReader(file))
-    markdown = (study / "tables" / "main.md").read_text().splitlines()[2:]
+    markdown = (study / "tables" / "main.md").read_text().splitlines()[2:6]
     latex = [line for line in (study / "tables" / "main.tex").read_text().splitlines() if line.startswith("toys")]
     assert len(rows) == len(markdown) == len(latex) == 4
     for row, line, tex in zip(rows, markdown, latex, strict=True):
@@ -243,7 +246,7 @@ def test_a_trial_with_two_runs_is_refused(study: Path) -> None:
     runs = [run for run in runs_of(study) if run.data.tags["mmm4rec.phase"] == "confirm" and run.info.status == "FINISHED"]
     client.set_tag(runs[0].info.run_id, "mmm4rec.trial_key", runs[1].data.tags["mmm4rec.trial_key"])
     with pytest.raises(BadInput, match="has two runs"):
-        read_study(study)
+        read_study(MlflowRuns(study))
 
 
 def test_a_folder_without_a_store_is_bad_input(tmp_path: Path) -> None:

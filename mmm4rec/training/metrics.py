@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what only names metrics, a command's --help for one, need n
     from torch import Tensor
 
 CUTOFFS = (10, 20, 50)
+DEFINITION = "full ranking, rank = 1 + above + ties / 2"  # numbers of another one never stand beside ours
 
 
 def outranked(scores: Tensor, target: Tensor) -> Tensor:
