@@ -88,10 +88,13 @@ def study_leads(cells: Sequence[TrackedCell], read_ranks: ReadRanks) -> list[Lea
         if len(ranked) < 2:
             continue
         pairs = Pairs(ranked, read_ranks, METRICS)
+        compared: dict[tuple[str, str], list[tuple[TrackedCell, Minus]]] = {}
         for place, metric in enumerate(METRICS):
             best, second = sorted(ranked, key=partial(mean_of, metric=metric), reverse=True)[:2]
             difference, seeds = Interval(mean_of(best, metric) - mean_of(second, metric)), 0
-            for _, (common, parts) in pairs.minus(second, [best]):
+            if (best.arm, second.arm) not in compared:
+                compared[best.arm, second.arm] = pairs.minus(second, [best])
+            for _, (common, parts) in compared[best.arm, second.arm]:
                 difference, seeds = parts[place], len(common)
             found.append(Lead(best.domain, metric, best.arm, second.arm, seeds, difference))
     corrected = holm([lead.difference.p for lead in found])

@@ -93,7 +93,7 @@ def matrix(gains: Sequence[Gain], folder: Path) -> None:
         values[rows.index((gain.arm, _treatment(gain))), domains.index(gain.domain)] = gain.percent
     most = max(1.0, float(np.nanmax(np.abs(values))))
     with mpl.rc_context(RC):
-        size = (2.6 + 1.15 * len(domains), 1.2 + 0.55 * len(rows))
+        size = (3.4 + 1.15 * len(domains), 1.4 + 0.55 * len(rows))
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         colours = mpl.colormaps["PuOr"].with_extremes(bad="#e6e6e6")  # colour-blind safe
         image = axis.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=-most, vmax=most, aspect="auto")
@@ -107,7 +107,8 @@ def matrix(gains: Sequence[Gain], folder: Path) -> None:
         axis.set_yticks(range(len(rows)), [f"{arm}\n{treatment}" for arm, treatment in rows])
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        figure.colorbar(image, label="gain over scratch, test NDCG@10, %")
+        axis.set_title("test NDCG@10 over scratch", fontsize=9)
+        figure.colorbar(image, label="gain, %")
         _save(figure, folder, "transfer_matrix")
 
 
@@ -118,7 +119,7 @@ def _treatment(gain: Gain) -> str:
 def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
     """Write `sensitivity.png` and `.svg`: a row a domain, a column a searched parameter, a point a search trial, a line an arm.
 
-    Hollow points were pruned; lines join the means of the bins of tables/marginals.
+    Hollow points were pruned. Lines join the means of three bins or more, equally filled, as those of tables/marginals.
     """
     told = [cell for cell in cells if sensitivity.scored(cell) and cell.space]
     names = sensitivity.parameters(told)
@@ -156,8 +157,10 @@ def _draw_searched(axis: Axes, cell: TrackedCell, name: str, colour: str) -> Non
     for point in found:
         face = "white" if point.pruned else colour
         axis.plot(place(point.value), point.score, "o", color=colour, markerfacecolor=face, markersize=4, alpha=0.8, linewidth=0)
-    middles = [(np.mean([place(p.value) for p in part]), np.mean([p.score for p in part])) for _, part in sensitivity.bins(found) if part]
-    axis.plot(*zip(*middles, strict=True), color=colour, linewidth=1.0, alpha=0.7)
+    parts = [part for _, part in sensitivity.bins(found) if part]
+    middles = [(np.mean([place(p.value) for p in part]), np.mean([p.score for p in part])) for part in parts]
+    if len(middles) >= 3:
+        axis.plot(*zip(*middles, strict=True), color=colour, linewidth=1.0, alpha=0.7)
 
 
 def _colour(value: Interval) -> str:

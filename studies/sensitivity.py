@@ -73,6 +73,7 @@ def importances(cell: TrackedCell) -> Mapping[str, float]:
     if len({trial.value for trial in trials}) < FEWEST or len(cell.space) < 2:
         return {}
     distributions = {name: _distribution(dimension) for name, dimension in cell.space.items()}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=SEED))
     for trial in trials:
         config = {name: parsed(cell.space[name], text) for name, text in trial.config.items()}

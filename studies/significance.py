@@ -16,8 +16,9 @@ Dimensions: R resamples, U users, S seeds, K rows of differences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import t as student
@@ -71,14 +72,22 @@ def gains(rank: np.ndarray, names: Sequence[str] = METRIC_NAMES) -> np.ndarray:
 
 def resampled_user_means(rows: np.ndarray) -> np.ndarray:
     """Means [R, K] of rows [K, U] over U - 1 users drawn with replacement, the same users for all rows."""
-    users, random = rows.shape[1], np.random.default_rng(SEED)
-    drawn, at_once = max(1, users - 1), max(1, COUNTS_AT_ONCE // users)
-    parts = []
+    users = rows.shape[1]
+    blocks = _kept_counts(users) if RESAMPLES * users <= COUNTS_AT_ONCE else _counts(users)
+    return np.concatenate([block @ rows.T for block in blocks]) / max(1, users - 1)
+
+
+def _counts(users: int) -> Iterator[np.ndarray]:
+    """How often each resample drew each user, [R, U] in blocks."""
+    random, at_once = np.random.default_rng(SEED), max(1, COUNTS_AT_ONCE // users)
     for start in range(0, RESAMPLES, at_once):
         draws = range(min(at_once, RESAMPLES - start))
-        counts = np.stack([np.bincount(random.integers(users, size=drawn), minlength=users) for _ in draws])  # multinomial
-        parts.append(counts.astype(np.float64) @ rows.T / drawn)
-    return np.concatenate(parts)
+        yield np.stack([np.bincount(random.integers(users, size=max(1, users - 1)), minlength=users) for _ in draws]).astype(np.float64)
+
+
+@lru_cache(maxsize=2)
+def _kept_counts(users: int) -> tuple[np.ndarray, ...]:
+    return tuple(_counts(users))
 
 
 def interval(differences: np.ndarray, user_means: np.ndarray) -> Interval:
@@ -89,7 +98,7 @@ def interval(differences: np.ndarray, user_means: np.ndarray) -> Interval:
     """
     seeds, users = differences.shape
     mean, spread = round(float(differences.mean()), DECIMALS), float(differences.mean(axis=0).std(ddof=1)) if users > 1 else 0.0
-    size = round(mean / spread, DECIMALS) if spread > 0 else None
+    size = round(mean / spread, DECIMALS) if round(spread, DECIMALS) > 0 else None
     if seeds < 2 or users < 2:
         return Interval(mean, size=size)
     drawn = np.random.default_rng((SEED, seeds)).integers(seeds, size=(len(user_means), seeds - 1))

@@ -87,7 +87,8 @@ class Table:
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]) + "\n"
 
     def to_html(self) -> str:
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in self.columns)
+        texts = [all(isinstance(row[place], str | Link) for row in self.rows) for place in range(len(self.columns))]
+        head = "".join(f"<th{' class=text' * text}>{html.escape(name)}</th>" for name, text in zip(self.columns, texts, strict=True))
         body = "\n".join(f"<tr>{''.join(map(_html_cell, row))}</tr>" for row in self.rows)
         caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
         notes = "".join(f"<p class='note'>{html.escape(note)}</p>" for note in self.notes)
