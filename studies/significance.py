@@ -6,7 +6,8 @@ RESAMPLES times U - 1 of the U users are drawn with replacement, the same for al
 seeds, and the mean is taken; one less than there are, for the variance of few seeds comes out too small otherwise (Rao and
 Wu, 1988). The interval is mean ± t · standard error, its degrees of freedom Satterthwaite's of the parts of users and seeds:
 near S - 1 where seeds decide, near U - 1 where users do. The parts share their interaction, which therefore counts
-twice: without a difference an interval of 95 % misses 0 in 3 % of the cases or less (tests/test_significance.py).
+twice: without a difference an interval of 95 % misses 0 as often as it may where seeds decide, and less often elsewhere
+(tests/test_significance.py).
 
 It speaks of the users of this shop and of seeds of the confirmed config, not of other shops, nor of what another search
 would have chosen. Holm's correction is over a table. Fewer than MARK_SEEDS seeds get no mark.
