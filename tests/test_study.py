@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import numpy_model
 import pandas as pd
 import pytest
 import yaml
@@ -27,10 +28,12 @@ from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
 from studies.plan import Plan
+from studies.runs import MlflowRuns
 from studies.soak import TRIAL, processes_below
 from studies.spec import Spec
 from studies.state import Journal
 from studies.suggestions import Suggestions, sqlite_url
+from studies.tracked import read_study
 from studies.transfer_sweep import main
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +75,30 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tu
     output, _ = driver.communicate(timeout=280)
     assert driver.returncode == 0, output
     return folder / "tiny", before, output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(560)
+def test_the_main_table_is_what_the_kept_weights_rank_in_plain_numpy(killed: tuple[Path, dict[str, tuple], str]) -> None:
+    """The artifacts of the runs and the domain's files, a ranking that shares no code with ours, metrics written out here."""
+    folder, _, _ = killed
+    source = MlflowRuns(folder)
+    users = np.arange(open_domain(folder / "domains" / "attic").n_users)
+    ends = np.diff(np.load(folder / "domains" / "attic" / "offsets.npy")) - 1
+    table = pd.read_csv(folder / "tables" / "main.csv").set_index("arm")
+    compared = [cell for cell in read_study(source).cells if cell.arm != "popularity"]
+    assert len(compared) == 3
+    for cell in compared:
+        found = []
+        for trial in cell.trials:
+            weights = folder / "artifacts" / trial.run_id / "artifacts" / "best.safetensors"
+            found.append(numpy_model.ranks(weights, folder / "domains" / "attic", users, ends))
+        rank = np.stack(found)
+        for cutoff in (10, 20, 50):
+            assert table.loc[cell.arm, f"hit@{cutoff} mean"] == pytest.approx((rank <= cutoff).mean(), abs=1e-6)
+            gain = np.where(rank <= cutoff, 1 / np.log2(1 + rank), 0)
+            assert table.loc[cell.arm, f"ndcg@{cutoff} mean"] == pytest.approx(gain.mean(), abs=1e-6)
+        assert table.loc[cell.arm, "mrr mean"] == pytest.approx((1 / rank).mean(), abs=1e-6)
 
 
 @pytest.mark.slow
