@@ -29,6 +29,7 @@ from studies.transfer import Gain
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B3A000")  # Okabe and Ito, yellow darkened
 STYLES = ("-", "--", ":", "-.")
 RC: dict[Any, Any] = {"svg.hashsalt": "mmm4rec", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+MOST_ROWS = 6  # domains that the figure of searched parameters shows one by one
 ABOVE, BELOW, UNCLEAR = COLOURS[0], COLOURS[1], "#555555"
 
 
@@ -42,15 +43,21 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
         return
     domains, arms = list(dict.fromkeys(cell.domain for cell in drawn)), list(dict.fromkeys(cell.arm for cell in drawn))
     with mpl.rc_context(RC):
-        figure, axes = plt.subplots(1, len(domains), figsize=(1 + 3.4 * len(domains), 3.4), squeeze=False, layout="constrained")
-        for axis, domain in zip(axes[0], domains, strict=True):
+        columns = min(4, len(domains))
+        lines = -(-len(domains) // columns)
+        size = (1 + 3.4 * columns, 0.6 + 2.8 * lines)
+        figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+        for axis in axes.flat[len(domains) :]:
+            axis.remove()
+        for axis, domain in zip(axes.flat, domains, strict=False):
             for cell in drawn:
                 if cell.domain == domain:
                     _draw(axis, cell, arms.index(cell.arm))
             axis.set_title(domain)
             axis.set_xlabel("optimizer steps")
-        axes[0][0].set_ylabel(f"validation {drawn[0].metric.upper()}")
-        handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        for line in axes:
+            line[0].set_ylabel(f"validation {drawn[0].metric.upper()}")
+        handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         ordered = [arm for arm in arms if arm in handles]
         figure.legend([handles[arm] for arm in ordered], ordered, loc="outside lower center", ncols=min(4, len(ordered)), frameon=False)
         _save(figure, folder, "convergence")
@@ -119,6 +126,8 @@ def _treatment(gain: Gain) -> str:
 def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
     """Write `sensitivity.png` and `.svg`: a row a domain, a column a searched parameter, a point a search trial, a line an arm.
 
+    Of more than MOST_ROWS domains there is one row, of scores over the best of their cell.
+
     Hollow points were pruned. Lines join the means of three bins or more, equally filled, as those of tables/marginals.
     """
     told = [cell for cell in cells if sensitivity.scored(cell) and cell.space]
@@ -126,25 +135,28 @@ def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
     if not told or not names:
         return
     domains, arms = list(dict.fromkeys(cell.domain for cell in told)), list(dict.fromkeys(cell.arm for cell in told))
+    pooled = len(domains) > MOST_ROWS
+    rows = [("all domains", told)] if pooled else [(domain, [cell for cell in told if cell.domain == domain]) for domain in domains]
     with mpl.rc_context(RC):
-        size = (1 + 2.9 * len(names), 0.9 + 2.1 * len(domains))
-        figure, axes = plt.subplots(len(domains), len(names), figsize=size, squeeze=False, sharey="row", layout="constrained")
-        for line, domain in zip(axes, domains, strict=True):
+        size = (1 + 2.9 * len(names), 0.9 + 2.1 * len(rows))
+        figure, axes = plt.subplots(len(rows), len(names), figsize=size, squeeze=False, sharey="row", layout="constrained")
+        for line, (label, here) in zip(axes, rows, strict=True):
             for axis, name in zip(line, names, strict=True):
-                for cell in (cell for cell in told if cell.domain == domain and name in cell.space):
-                    _draw_searched(axis, cell, name, COLOURS[arms.index(cell.arm) % len(COLOURS)])
-                if domain == domains[-1]:
-                    axis.set_xlabel(name.removeprefix("training.").removeprefix("model.").replace("_", " "))
-            line[0].set_ylabel(f"{domain}\nbest valid {told[0].metric.upper()}")
+                for arm in arms:
+                    if own := [cell for cell in here if cell.arm == arm and name in cell.space]:
+                        _draw_searched(axis, own, name, COLOURS[arms.index(arm) % len(COLOURS)], pooled=pooled)
+                axis.set_xlabel(name.removeprefix("training.").removeprefix("model.").replace("_", " "))
+            what = "share of the cell's best" if pooled else f"best valid {told[0].metric.upper()}"
+            line[0].set_ylabel(f"{label}\n{what}")
         handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)], marker="o", markersize=4, label=arm) for n, arm in enumerate(arms)]
         handles.append(Line2D([], [], color=UNCLEAR, marker="o", markersize=4, markerfacecolor="white", linestyle="", label="pruned"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
         _save(figure, folder, "sensitivity")
 
 
-def _draw_searched(axis: Axes, cell: TrackedCell, name: str, colour: str) -> None:
-    low, _, log, choices = cell.space[name]
-    found = sensitivity.points([cell], name)
+def _draw_searched(axis: Axes, cells: Sequence[TrackedCell], name: str, colour: str, *, pooled: bool) -> None:
+    low, _, log, choices = cells[0].space[name]
+    found = sensitivity.points(cells, name)
     if choices is not None:
         axis.set_xticks(range(len(choices)), [str(choice) for choice in choices])
     elif log and low > 0:
@@ -154,11 +166,12 @@ def _draw_searched(axis: Axes, cell: TrackedCell, name: str, colour: str) -> Non
     def place(value: float | str) -> float:
         return order.index(value) if isinstance(value, str) else value
 
-    for point in found:
-        face = "white" if point.pruned else colour
-        axis.plot(place(point.value), point.score, "o", color=colour, markerfacecolor=face, markersize=4, alpha=0.8, linewidth=0)
+    for pruned, face in ((True, "white"), (False, colour)):
+        shown = [point for point in found if point.pruned == pruned]
+        heights = [point.share if pooled else point.score for point in shown]
+        axis.scatter([place(point.value) for point in shown], heights, s=16, facecolors=face, edgecolors=colour, alpha=0.8)
     parts = [part for _, part in sensitivity.bins(found) if part]
-    middles = [(np.mean([place(p.value) for p in part]), np.mean([p.score for p in part])) for part in parts]
+    middles = [(np.mean([place(p.value) for p in part]), np.mean([p.share if pooled else p.score for p in part])) for part in parts]
     if len(middles) >= 3:
         axis.plot(*zip(*middles, strict=True), color=colour, linewidth=1.0, alpha=0.7)
 

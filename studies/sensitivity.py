@@ -1,8 +1,8 @@
 """What the searches saw: how much each parameter mattered, and where along it the good trials lie.
 
-Importance is fANOVA's (Hutter et al., 2014, in Optuna, seeded): the share of a cell's variance of validation scores that a
-parameter explains. The marginals pool cells: each trial's score over the best of its cell, in bins of equally many trials.
-Pruned trials count with what they had reached; trials that had no epoch do not.
+Cells of an arm are pooled, each trial's validation score over the best of its cell. Importance is fANOVA's (Hutter et al., 2014,
+in Optuna, seeded): the share of the variance of these that a parameter explains. The marginals are their means in bins of
+equally many trials. Pruned trials count with what they had reached; trials that had no epoch do not.
 """
 
 from __future__ import annotations
@@ -48,14 +48,18 @@ def points(cells: Sequence[TrackedCell], parameter: str) -> list[Point]:
     """Every scored search trial that set the parameter, by cell and number."""
     found = []
     for cell in cells:
-        trials = scored(cell)
-        best = max((trial.value for trial in trials), default=0.0)
-        for trial in trials:
+        for trial, share in shares(cell):
             if parameter in trial.config:
                 value = parsed(cell.space[parameter], trial.config[parameter])
-                share = trial.value / best if best else 0.0
                 found.append(Point(cell.name, cell.arm, cell.domain, value, trial.value, share, trial.pruned))
     return found
+
+
+def shares(cell: TrackedCell) -> list[tuple[SearchTrial, float]]:
+    """Each scored trial with its score over the best of the cell."""
+    trials = scored(cell)
+    best = max((trial.value for trial in trials), default=0.0)
+    return [(trial, trial.value / best if best else 0.0) for trial in trials]
 
 
 def scored(cell: TrackedCell) -> list[SearchTrial]:
@@ -67,17 +71,18 @@ def parsed(dimension: Sequence[Any], text: str) -> float | str:
     return text if dimension[3] is not None else float(text)
 
 
-def importances(cell: TrackedCell) -> Mapping[str, float]:
-    """The share of the variance that each parameter explains; empty where the search says too little."""
-    trials = [trial for trial in scored(cell) if set(trial.config) == set(cell.space)]  # conditional ones are left out
-    if len({trial.value for trial in trials}) < FEWEST or len(cell.space) < 2:
+def importances(cells: Sequence[TrackedCell]) -> Mapping[str, float]:
+    """The share of the variance that each parameter explains in cells of one space; empty where the searches say too little."""
+    space = cells[0].space
+    trials = [(trial, share) for cell in cells for trial, share in shares(cell) if set(trial.config) == set(space)]  # none conditional
+    if len({share for _, share in trials}) < FEWEST or len(space) < 2:
         return {}
-    distributions = {name: _distribution(dimension) for name, dimension in cell.space.items()}
+    distributions = {name: _distribution(dimension) for name, dimension in space.items()}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(seed=SEED))
-    for trial in trials:
-        config = {name: parsed(cell.space[name], text) for name, text in trial.config.items()}
-        study.add_trial(optuna.create_trial(params=config, distributions=distributions, value=trial.value))
+    for trial, share in trials:
+        config = {name: parsed(space[name], text) for name, text in trial.config.items()}
+        study.add_trial(optuna.create_trial(params=config, distributions=distributions, value=share))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of experimental parts, and of parameters that never varied
         told = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=SEED))
@@ -92,18 +97,25 @@ def _distribution(dimension: Sequence[Any]) -> BaseDistribution:
 
 
 def sensitivity_table(cells: Sequence[TrackedCell]) -> Table:
-    """Domain × arm × parameter: its importance, and the value of the best trial."""
+    """Domain × arm × parameter: its importance for the arm, and where the domain's best trial was."""
     rows: list[tuple[Entry, ...]] = []
+    by_arm: dict[tuple[str, str], list[TrackedCell]] = {}
+    for cell in cells:
+        if scored(cell):
+            by_arm.setdefault((cell.arm, repr(cell.space)), []).append(cell)
+    found = {key: importances(group) for key, group in by_arm.items()}
     for cell in cells:
         trials = scored(cell)
         if not trials:
             continue
-        told, best = importances(cell), max(trials, key=lambda trial: trial.value)
+        told, best = found[cell.arm, repr(cell.space)], max(trials, key=lambda trial: trial.value)
         for name in cell.space:
             share = f"{told[name]:.2f}" if name in told else "-"
             rows.append((cell.domain, cell.arm, len(trials), name, share, _short(best.config.get(name, "-")), f"{best.value:.4f}"))
-    columns = ("domain", "arm", "search trials", "parameter", "importance", "best at", "best valid")
-    return Table(columns, tuple(rows), f"Searched parameters; importance by fANOVA, from {FEWEST} different scores on.")
+    columns = ("domain", "arm", "search trials", "parameter", "importance for the arm", "best at", "best valid")
+    return Table(
+        columns, tuple(rows), f"Searched parameters; importance by fANOVA over the arm's domains, from {FEWEST} different scores on."
+    )
 
 
 def marginal_table(cells: Sequence[TrackedCell]) -> Table:
@@ -112,9 +124,9 @@ def marginal_table(cells: Sequence[TrackedCell]) -> Table:
     for name in parameters(cells):
         for arm in dict.fromkeys(cell.arm for cell in cells if name in cell.space):
             for label, part in bins(points([cell for cell in cells if cell.arm == arm], name)):
-                shares = [point.share for point in part]
-                spread = f"{stdev(shares):.3f}" if len(shares) > 1 else "-"
-                rows.append((name, arm, label, len(part), f"{mean(shares):.3f}", spread))
+                shared = [point.share for point in part]
+                spread = f"{stdev(shared):.3f}" if len(shared) > 1 else "-"
+                rows.append((name, arm, label, len(part), f"{mean(shared):.3f}", spread))
     caption = "Marginals: validation scores of search trials over the best of their cell, by equally filled bins."
     return Table(("parameter", "arm", "range", "trials", "mean share of best", "sd"), tuple(rows), caption)
 

@@ -132,10 +132,10 @@ def searched(count: int = 24) -> TrackedCell:
 
 
 def test_importance_finds_the_parameter_that_matters_and_is_the_same_each_time() -> None:
-    found = importances(searched())
+    found = importances([searched()])
     assert found["lr"] > 0.9
-    assert found == importances(searched())
-    assert importances(searched(3)) == {}, "three trials say nothing"
+    assert found == importances([searched()])
+    assert importances([searched(3)]) == {}, "three trials say nothing"
     rows = {row[3]: row for row in sensitivity_table([searched()]).rows}
     assert float(str(rows["lr"][5])) == pytest.approx(10**-2.5, rel=0.5)
 
