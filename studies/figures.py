@@ -59,7 +59,13 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
             line[0].set_ylabel(f"validation {drawn[0].metric.upper()}")
         handles = {label: handle for axis in axes.flat for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
         ordered = [arm for arm in arms if arm in handles]
-        figure.legend([handles[arm] for arm in ordered], ordered, loc="outside lower center", ncols=min(4, len(ordered)), frameon=False)
+        figure.legend(
+            [handles[arm] for arm in ordered],
+            ordered,
+            loc="outside lower center",
+            ncols=min(2 if columns == 1 else 4, len(ordered)),
+            frameon=False,
+        )
         _save(figure, folder, "convergence")
 
 
@@ -150,7 +156,7 @@ def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
             line[0].set_ylabel(f"{label}\n{what}")
         handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)], marker="o", markersize=4, label=arm) for n, arm in enumerate(arms)]
         handles.append(Line2D([], [], color=UNCLEAR, marker="o", markersize=4, markerfacecolor="white", linestyle="", label="pruned"))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(2 if len(names) == 1 else 4, len(handles)), frameon=False)
         _save(figure, folder, "sensitivity")
 
 
