@@ -10,8 +10,8 @@ journal is filled up from it. A copy that is *ahead* is not harmless: MLflow wou
 remembers, RUNNING for ever, and epochs twice, with two times. So
 
 1. MLflow and Optuna are copied first, then the journal: each copy knows no more than the journal's copy.
-2. Pushed are spec.yaml, tables/, figures/ and pretrain/ (the journal pins the hash of that checkpoint: without the file the study could
-   not go on), then the journal, then Optuna, artifacts/ (MLflow's runs name them), and MLflow last.
+2. Pushed are spec.yaml, tables/, figures/, index.html and pretrain/ (the journal pins the hash of that checkpoint: without the
+   file the study could not go on), then the journal, then Optuna, artifacts/ (MLflow's runs name them), and MLflow last.
 
 Between any two of these puts the storage therefore holds a journal that is level with MLflow and Optuna or ahead of
 them, and every file that they name. The journal also notes what stands in MLflow; `restore` takes that back, for it
@@ -44,7 +44,7 @@ from studies.storage import Storage
 
 JOURNAL, OPTUNA, MLFLOW = "study.sqlite3", "optuna.sqlite3", "mlflow.db"
 PRETRAIN = ("best.safetensors", "curve.jsonl", "steps.jsonl", "result.json")  # in this order
-REPORT = ("tables", "figures")  # folders
+REPORT = ("tables", "figures", "index.html")  # what tables.py writes
 SNAPSHOT = "snapshot"  # the place on the storage
 LEASE = "driver.json"
 RENEW_SECONDS, EXPIRE_SECONDS, SETTLE_SECONDS = 20.0, 90.0, 2.0
@@ -277,7 +277,10 @@ class Lease:
 
 
 def _below(folder: Path, name: str) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in (folder / name).rglob("*") if path.is_file())
+    """The file of that name, or those in the folder of that name, as paths from `folder`."""
+    place = folder / name
+    files = [place] if place.is_file() else place.rglob("*")
+    return sorted(path.relative_to(folder).as_posix() for path in files if path.is_file())
 
 
 def _machine() -> str | None:

@@ -35,7 +35,7 @@ from studies.places import Places
 from studies.plan import Plan
 from studies.pretrain import pretrain, pretrain_config, tell
 from studies.progress import Progress
-from studies.snapshots import JOURNAL, Lease, Snapshots, restore
+from studies.snapshots import JOURNAL, REPORT, Lease, Snapshots, restore
 from studies.space import walk
 from studies.spec import Spec, extended
 from studies.state import Journal, Trial, locked, now_ms
@@ -338,14 +338,14 @@ def _report(study: Study) -> int:
     study.tracker.flush()
     table = write_tables(folder, uri=study.spec.stores.filled().mlflow)
     if (stands := str(len(journal.trials()))) != journal.fact("reported"):
-        study.tracker.finish([path for name in ("tables", "figures", "spec.yaml") if (path := folder / name).exists()])
+        study.tracker.finish([path for name in (*REPORT, "spec.yaml") if (path := folder / name).exists()])
         journal.replace("reported", stands)
     shutil.rmtree(folder / "ray", ignore_errors=True)
     for trial in journal.trials(outcome="failed"):
         print(f"failed: {trial.name}: {(trial.reason or '').strip().splitlines()[-1]}")
     print(f"\n{table.to_markdown()}")
     print((folder / "tables" / "ledger.md").read_text(encoding="utf-8"))
-    print(f"Test metrics of the confirm trials, mean ± sd over seeds. Tables: {folder / 'tables'}. Figures: {folder / 'figures'}.")
+    print(f"Test metrics of the confirm trials, mean ± sd over seeds. All of it on one page: {folder / 'index.html'}.")
     store = study.spec.stores.mlflow or store_uri(folder)
     print(f"Every trial in MLflow: {store if store.startswith('http') else f'mlflow ui --backend-store-uri {store}'}")
     finished = {name: sum(t.outcome == "finished" for t in journal.trials(name, "confirm")) for name in study.plan.cells}

@@ -59,7 +59,7 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "study"
     (folder / "pretrain").mkdir(parents=True)
     (folder / "tables").mkdir()
-    for name in ("spec.yaml", "tables/main.md", "pretrain/best.safetensors", "pretrain/result.json"):
+    for name in ("spec.yaml", "tables/main.md", "index.html", "pretrain/best.safetensors", "pretrain/result.json"):
         (folder / name).write_text(name)
     with closing(Journal(folder / JOURNAL)) as journal:
         journal.remember("begun_ms", "1")
@@ -94,7 +94,7 @@ def test_a_study_comes_back_on_a_new_head(folder: Path, place: Storage, tmp_path
     with_snapshots.close()
     assert restore(new, place)
     assert [rows(new / name) for name in STORES] == [1, 1, 1]
-    for name in ("spec.yaml", "tables/main.md", "pretrain/best.safetensors", "pretrain/result.json", "artifacts/0.txt"):
+    for name in ("spec.yaml", "tables/main.md", "index.html", "pretrain/best.safetensors", "pretrain/result.json", "artifacts/0.txt"):
         assert (new / name).read_bytes() == (folder / name).read_bytes()
     with closing(Journal(new / JOURNAL)) as journal:
         assert [trial.tracked for trial in journal.trials()] == [False]  # MLflow is filled up from here
@@ -110,7 +110,17 @@ def test_only_what_changed_is_pushed(folder: Path, tmp_path: Path, pushed: list[
     time.sleep(0.2)
     running = Snapshots(folder, Storage(str(tmp_path / "shared")))
     running.now()
-    first = ["spec.yaml", "tables/main.md", "pretrain/best.safetensors", "pretrain/result.json", JOURNAL, OPTUNA, "artifacts/0.txt", MLFLOW]
+    first = [
+        "spec.yaml",
+        "tables/main.md",
+        "index.html",
+        "pretrain/best.safetensors",
+        "pretrain/result.json",
+        JOURNAL,
+        OPTUNA,
+        "artifacts/0.txt",
+        MLFLOW,
+    ]
     assert pushed == first
     running.now()
     assert pushed == first
