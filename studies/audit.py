@@ -55,6 +55,10 @@ def is_censored(trial: TrackedTrial, cell: TrackedCell) -> bool:
     return trial.epochs[-1] >= cell.epochs and (patience is None or trial.epochs[-1] - trial.best_epoch < patience)
 
 
+def any_censored(cell: TrackedCell) -> bool:
+    return any(is_censored(trial, cell) for trial in cell.trials)
+
+
 def trained(cells: Sequence[TrackedCell]) -> list[TrackedCell]:
     return [cell for cell in cells if cell.trains and cell.trials and all(trial.epochs for trial in cell.trials)]
 
@@ -69,10 +73,13 @@ def fixed_quality(here: Sequence[TrackedCell]) -> tuple[float, str] | None:
     return mean(trial.best_valid for trial in base.trials), base.arm
 
 
-def gpus(cell: TrackedCell) -> float:
-    """GPUs a run took, by the ledger."""
+def gpu_hours(cell: TrackedCell, costs: Sequence[Cost]) -> tuple[float, ...]:
+    """GPU hours of costs, at as many GPUs as the ledger says; none without a ledger."""
     seconds = cell.ledger.get("seconds", 0.0)
-    return cell.ledger.get("gpu_hours", 0.0) * SECONDS_AN_HOUR / seconds if seconds else 0.0
+    if not seconds:
+        return ()
+    gpus = cell.ledger.get("gpu_hours", 0.0) * SECONDS_AN_HOUR / seconds
+    return tuple(cost.seconds * gpus / SECONDS_AN_HOUR for cost in costs)
 
 
 def convergence_table(cells: Sequence[TrackedCell]) -> Table:
@@ -91,8 +98,11 @@ def convergence_table(cells: Sequence[TrackedCell]) -> Table:
         level = mean(cost_to_best(trial).steps for trial in reference.trials)
         for cell in told:
             best, end = [cost_to_best(trial) for trial in cell.trials], [cost_to_end(trial) for trial in cell.trials]
-            cut = sum(is_censored(trial, cell) for trial in cell.trials)
-            bound = cut > 0
+            cut, bound = sum(is_censored(trial, cell) for trial in cell.trials), any_censored(cell)
+            times = f"{mean(cost.steps for cost in best) / level:.2f}" if level else "-"
+            if bound or any_censored(reference):  # a bound over a number, a number over a bound, or nothing
+                times = {(True, False): f"≥ {times}", (False, True): f"≤ {times}"}.get((bound, any_censored(reference)), "-")
+                times = "1.00" if cell is reference else times
             rows.append(
                 (
                     cell.domain,
@@ -103,9 +113,9 @@ def convergence_table(cells: Sequence[TrackedCell]) -> Table:
                     Sample(tuple(cost.seconds for cost in best), digits=1, at_least=bound),
                     Sample(tuple(cost.epochs for cost in end), digits=1, at_least=bound),
                     Sample(tuple(cost.seconds for cost in end), digits=1, at_least=bound),
-                    Sample(tuple(cost.seconds * gpus(cell) / SECONDS_AN_HOUR for cost in end), digits=3, at_least=bound),
+                    Sample(gpu_hours(cell, end), digits=3, at_least=bound),
                     f"{cut}/{len(cell.trials)}",
-                    f"{'≥ ' if bound else ''}{mean(cost.steps for cost in best) / level:.2f}" if level else "-",
+                    times,
                     reference.arm,
                 )
             )
@@ -121,24 +131,26 @@ def quality_table(cells: Sequence[TrackedCell]) -> Table:
     for here in by_domain(cells):
         fixed = fixed_quality(here)
         for cell in trained(here):
-            wanted = [(f"{share:.0%} of its best", [share * trial.best_valid for trial in cell.trials]) for share in OWN_SHARES]
             if fixed is not None:
-                wanted.insert(0, (f"{FIXED_SHARE:.0%} of {fixed[1]}'s mean best", [FIXED_SHARE * fixed[0]] * len(cell.trials)))
-            rows += [_quality_row(cell, label, values) for label, values in wanted]
-    return Table(columns, tuple(rows), "What a validation score costs, mean ± sd over seeds.")
+                value = [FIXED_SHARE * fixed[0]] * len(cell.trials)
+                rows.append(_quality_row(cell, f"{FIXED_SHARE:.0%} of {fixed[1]}'s mean best", value, of_own=False))
+            for share in OWN_SHARES:
+                own = [share * trial.best_valid for trial in cell.trials]
+                rows.append(_quality_row(cell, f"{share:.0%} of its best", own, of_own=True))
+    notes = ("≥: some seed never got there, or a run's best is one that the epoch cap left it with.",)
+    return Table(columns, tuple(rows), "What a validation score costs, mean ± sd over seeds.", notes)
 
 
-def _quality_row(cell: TrackedCell, label: str, values: Sequence[float]) -> tuple[Entry, ...]:
+def _quality_row(cell: TrackedCell, label: str, values: Sequence[float], *, of_own: bool) -> tuple[Entry, ...]:
     found = [cost_until(trial, value) for trial, value in zip(cell.trials, values, strict=True)]
     costs = [cost or cost_to_end(trial) for cost, trial in zip(found, cell.trials, strict=True)]
     reached = sum(cost is not None for cost in found)
-    bound = reached < len(found)
-    hours = tuple(cost.seconds * gpus(cell) / SECONDS_AN_HOUR for cost in costs)
+    bound = reached < len(found) or (of_own and any_censored(cell))  # the best of a run that was cut off is itself a bound
     return (
         *(cell.domain, cell.arm, len(found), label, Sample(tuple(values))),
         Sample(tuple(cost.epochs for cost in costs), digits=1, at_least=bound),
         Sample(tuple(cost.steps for cost in costs), digits=0, at_least=bound),
         Sample(tuple(cost.seconds for cost in costs), digits=1, at_least=bound),
-        Sample(hours, digits=3, at_least=bound),
+        Sample(gpu_hours(cell, costs), digits=3, at_least=bound),
         f"{reached}/{len(found)}",
     )

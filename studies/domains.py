@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mmm4rec.data.demo import write_demo
+from mmm4rec.data.demo import DemoConfig, write_demo
 from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.data.encode import encode_domains
 from mmm4rec.data.features import MODALITIES, open_features
@@ -27,12 +27,27 @@ def make_domains(domains: Domains, folder: Path, *, data: Path | None, seed: int
     if (shops := domains.shops()) is not None:
         if not folder.exists():
             write_demo(folder, seed=seed, config=shops)
+        if not (folder / "demo.json").is_file():
+            raise BadInput("holds no generated shops.", file=folder, remedy="Give the study another name, or move the folder away.")
         plan = json.loads((folder / "demo.json").read_text(encoding="utf-8"))
         places = {name: folder / name for name in (*plan["sources"], *plan["targets"])}
+        if isinstance(domains.demo, DemoConfig):
+            _check_shops(domains.demo, places)
     places |= {name: _prepared(name, raw, folder, data) for name, raw in domains.prepare.items()}
     if domains.text_encoder is not None:
         _encode(domains.text_encoder, places, folder)
     return _sources(places)
+
+
+def _check_shops(shops: DemoConfig, places: Mapping[str, Path]) -> None:
+    """Raise BadInput where the folder holds other shops than the spec's."""
+    wanted = {name: shops.size(name) for name in (*shops.sources, *shops.targets)}
+    there = {name: (domain.n_users, domain.n_items) for name, place in places.items() for domain in [open_domain(place)]}
+    if other := [name for name in {**wanted, **there} if tuple(wanted.get(name, ())) != there.get(name, ())]:
+        rule = (
+            f"has another shop '{other[0]}' than the spec: {there.get(other[0], 'none')} there, {wanted.get(other[0], 'none')} in the spec."
+        )
+        raise BadInput(rule, file=next(iter(places.values())).parent, remedy="Give the study another name, or move the folder away.")
 
 
 def _prepared(name: str, raw: str, folder: Path, data: Path | None) -> Path:

@@ -17,7 +17,7 @@ from statistics import mean
 import numpy as np
 
 from mmm4rec.errors import BadInput
-from studies.significance import ALPHA, MARK_SEEDS, Interval, aggregate, gains, holm, interval, resampled_user_means
+from studies.significance import Interval, aggregate, gains, holm, interval, is_sure, resampled_user_means
 from studies.tracked import METRICS, ReadRanks, TrackedCell, UserRanks
 
 SHOWN = ("ndcg@10", "hit@10")  # of an effect
@@ -39,7 +39,7 @@ class Effect:
 
     @property
     def marked(self) -> bool:
-        return self.corrected is not None and self.corrected < ALPHA and self.seeds >= MARK_SEEDS
+        return is_sure(self.corrected, self.seeds)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Lead:
 
     @property
     def marked(self) -> bool:
-        return self.corrected is not None and self.corrected < ALPHA and self.seeds >= MARK_SEEDS
+        """Ahead on the common seeds too, which the comparison rests on."""
+        return self.difference.mean > 0 and is_sure(self.corrected, self.seeds)
 
 
 def study_effects(cells: Sequence[TrackedCell], read_ranks: ReadRanks) -> list[Effect]:

@@ -30,6 +30,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", ":", "-.")
 RC: dict[Any, Any] = {"svg.hashsalt": "mmm4rec", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 MOST_ROWS = 6  # domains that the figure of searched parameters shows one by one
+NAMES, FORMS = ("convergence", "effects", "transfer_matrix", "sensitivity"), ("png", "svg")
 ABOVE, BELOW, UNCLEAR = COLOURS[0], COLOURS[1], "#555555"
 
 
@@ -148,9 +149,10 @@ def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
         figure, axes = plt.subplots(len(rows), len(names), figsize=size, squeeze=False, sharey="row", layout="constrained")
         for line, (label, here) in zip(axes, rows, strict=True):
             for axis, name in zip(line, names, strict=True):
+                order = _choices(told, name)
                 for arm in arms:
                     if own := [cell for cell in here if cell.arm == arm and name in cell.space]:
-                        _draw_searched(axis, own, name, COLOURS[arms.index(arm) % len(COLOURS)], pooled=pooled)
+                        _draw_searched(axis, own, name, COLOURS[arms.index(arm) % len(COLOURS)], order, pooled=pooled)
                 axis.set_xlabel(name.removeprefix("training.").removeprefix("model.").replace("_", " "))
             what = "share of the cell's best" if pooled else f"best valid {told[0].metric.upper()}"
             line[0].set_ylabel(f"{label}\n{what}")
@@ -160,14 +162,18 @@ def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
         _save(figure, folder, "sensitivity")
 
 
-def _draw_searched(axis: Axes, cells: Sequence[TrackedCell], name: str, colour: str, *, pooled: bool) -> None:
+def _choices(cells: Sequence[TrackedCell], name: str) -> list[str]:
+    """All choices of a parameter, in one order for all arms; none where it is a range."""
+    return list(dict.fromkeys(str(choice) for cell in cells if name in cell.space for choice in cell.space[name][3] or ()))
+
+
+def _draw_searched(axis: Axes, cells: Sequence[TrackedCell], name: str, colour: str, order: Sequence[str], *, pooled: bool) -> None:
     low, _, log, choices = cells[0].space[name]
     found = sensitivity.points(cells, name)
     if choices is not None:
-        axis.set_xticks(range(len(choices)), [str(choice) for choice in choices])
+        axis.set_xticks(range(len(order)), order)
     elif log and low > 0:
         axis.set_xscale("log")
-    order = [str(choice) for choice in choices or ()]
 
     def place(value: float | str) -> float:
         return order.index(value) if isinstance(value, str) else value

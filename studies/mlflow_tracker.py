@@ -7,6 +7,7 @@ A run is looked up before it is made wherever it may exist: a kill, or an answer
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -170,7 +171,7 @@ class MlflowTracker:
 
     def _trial_run(self, trial: Trial, *, may_exist: bool) -> str:
         tags = {**cell_tags(self._cells[trial.cell]), "mmm4rec.trial_key": trial.trial_key, "mmm4rec.outcome": "running"}
-        tags |= {} if trial.origin is None else {"mmm4rec.origin": trial.origin}
+        tags |= {"mmm4rec.config": json.dumps(trial.config)} | ({} if trial.origin is None else {"mmm4rec.origin": trial.origin})
         parent = self._cell_run(trial.cell)
         return self._run(
             trial.phase, trial.trial_key, name=trial.name, start_ms=trial.started_ms, tags=tags, parent=parent, may_exist=may_exist

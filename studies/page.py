@@ -9,11 +9,11 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from studies.runs import SERVER
 from studies.table import Entry, Link, Table
 from studies.tracked import TrackedCell, TrackedStudy
 
 TEMPLATE = "page.html.j2"
-SERVER = "http://127.0.0.1:5000/"  # where `mmm4rec`'s own `mlflow ui` answers, and links to runs lead
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ def runs_table(cells: Sequence[TrackedCell]) -> Table:
     rows: list[tuple[Entry, ...]] = []
     for cell in cells:
         for trial in cell.trials:
-            run: Entry = Link(trial.run_id, SERVER + trial.url) if trial.url else trial.run_id
+            run: Entry = Link(trial.run_id, trial.url) if trial.url else trial.run_id
             rows.append((cell.domain, cell.arm, trial.seed, f"{trial.test['ndcg@10']:.4f}", trial.fingerprint, run))
-    notes = (f"The links lead to {SERVER}: start `mlflow ui --backend-store-uri sqlite:///mlflow.db` in the study's folder.",)
+    notes = (f"Links to {SERVER} need `mlflow ui --backend-store-uri sqlite:///mlflow.db` in the study's folder.",)
     return Table(("domain", "arm", "seed", "ndcg@10", "fingerprint", "run"), tuple(rows), "Confirm trials.", notes)
 
 

@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sqlite3
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +37,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+from requests.exceptions import RequestException
 from sqlalchemy.exc import SQLAlchemyError
 
 from mmm4rec.errors import BadInput
@@ -47,6 +50,7 @@ TABLES = {"runs": ("run_id", "experiment", "name", "status"), "curves": ("run_id
 BULK = 500  # runs whose histories are asked for at once
 MOST_VALUES = 2**31 - 1  # of one metric: all
 CONNECTIONS = 8  # to a server at once
+SERVER = "http://127.0.0.1:5000"  # where `mlflow ui` shows a store that is no server
 
 
 class Runs(Protocol):
@@ -71,27 +75,38 @@ class MlflowRuns:
         if uri is None and not (folder / "mlflow.db").is_file():
             raise BadInput("holds no mlflow.db.", file=folder, remedy="Give the folder of a study, for instance results/demo.")
         self._folder, self._own, self._uri = folder, uri is None, uri or store_uri(folder)
+        if self._uri.startswith("sqlite:///") and not (file := Path(self._uri.removeprefix("sqlite:///"))).is_file():
+            raise BadInput("is no file.", file=file, remedy="Correct --store.")
 
     @cached_property
     def _client(self) -> MlflowClient:
         return open_store(self._uri)
 
+    @contextmanager
+    def _asked(self) -> Iterator[None]:
+        """Inside, a store that does not answer is bad input."""
+        try:
+            yield
+        except (MlflowException, SQLAlchemyError, sqlite3.Error, RequestException) as error:
+            told = shown(error, self._uri).strip().splitlines()[0]
+            rule = f"MLflow at {shown(self._uri, self._uri)} does not answer: {told}"
+            raise BadInput(rule, remedy="Start it, or correct its address.") from None
+
     @cached_property
     def runs(self) -> pd.DataFrame:
-        try:
+        with self._asked():
             experiments = {str(found.experiment_id): found.name for found in self._client.search_experiments()}
             if not self._own:  # a store that many share
                 name = _experiment_name(self._folder)
                 experiments = {number: found for number, found in experiments.items() if found == name}
             found = search(self._client, list(experiments), "") if experiments else []
-        except (MlflowException, SQLAlchemyError) as error:
-            told = shown(error, self._uri).strip().splitlines()[0]
-            rule = f"MLflow at {shown(self._uri, self._uri)} does not answer: {told}"
-            raise BadInput(rule, remedy="Start it, or correct its address.") from None
-        return pd.DataFrame([_row(run, experiments[run.info.experiment_id]) for run in found], columns=None if found else ["run_id"])
+        address = SERVER if is_database(self._uri) else self._uri.rstrip("/")
+        rows = [_row(run, experiments[run.info.experiment_id], address) for run in found]
+        return pd.DataFrame(rows, columns=None if found else ["run_id"])
 
     def curves(self, run_ids: Sequence[str], metrics: Iterable[str]) -> pd.DataFrame:
-        rows = [row for metric in metrics for row in self._history(run_ids, metric)]
+        with self._asked():
+            rows = [row for metric in metrics for row in self._history(run_ids, metric)]
         table = pd.DataFrame(rows, columns=["run_id", "metric", "step", "value"])
         return table.sort_values(["run_id", "metric", "step"], kind="stable", ignore_index=True)
 
@@ -112,7 +127,7 @@ class MlflowRuns:
 
     def ranks(self, run_id: str) -> pd.DataFrame | None:
         """MLflow notes where artifacts lie when a study begins; of a study that was moved since, they are found in its folder."""
-        with tempfile.TemporaryDirectory() as room:
+        with tempfile.TemporaryDirectory() as room, self._asked():
             file = self._folder / "artifacts" / run_id / "artifacts" / RANKS
             if not file.is_file() and any(artifact.path == RANKS for artifact in self._client.list_artifacts(run_id)):
                 file = Path(self._client.download_artifacts(run_id, RANKS, dst_path=room))
@@ -196,9 +211,10 @@ def _check_table(file: Path, columns: Sequence[str]) -> None:
         raise BadInput(f"lacks the column {', '.join(missing)}.", file=file, remedy=remedy)
 
 
-def _row(run: Run, experiment: str) -> dict[str, object]:
+def _row(run: Run, experiment: str, address: str) -> dict[str, object]:
     info, data = run.info, run.data
-    told: dict[str, object] = {"run_id": info.run_id, "experiment": experiment, "experiment_id": info.experiment_id}
+    told: dict[str, object] = {"run_id": info.run_id, "experiment": experiment}
+    told |= {"url": f"{address}/#/experiments/{info.experiment_id}/runs/{info.run_id}"}
     told |= {"name": info.run_name, "status": info.status, "start_ms": info.start_time, "end_ms": info.end_time}
     told |= {f"tags.{name}": value for name, value in data.tags.items() if not name.startswith("mlflow.note")}
     told |= {f"params.{name}": value for name, value in data.params.items()}
@@ -219,6 +235,7 @@ def _experiment_name(folder: Path) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 done, 2 bad input."""
     from studies.tables import told_store
+    from studies.tracked import read_study
 
     parser = argparse.ArgumentParser(
         description="Export a study's runs, curves and ranks from MLflow as parquet files.",
@@ -228,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", metavar="URI", help="the MLflow store (default: the spec's stores.mlflow, or the folder's mlflow.db)")
     told = parser.parse_args(arguments)
     try:
-        export(MlflowRuns(told.folder, told.store or told_store(told.folder)), told.folder / "export")
+        source = MlflowRuns(told.folder, told.store or told_store(told.folder))
+        read_study(source)  # refuses what is no study
+        export(source, told.folder / "export")
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -111,7 +111,9 @@ def sensitivity_table(cells: Sequence[TrackedCell]) -> Table:
         told, best = found[cell.arm, repr(cell.space)], max(trials, key=lambda trial: trial.value)
         for name in cell.space:
             share = f"{told[name]:.2f}" if name in told else "-"
-            rows.append((cell.domain, cell.arm, len(trials), name, share, _short(best.config.get(name, "-")), f"{best.value:.4f}"))
+            rows.append(
+                (cell.domain, cell.arm, len(trials), name, share, _at(cell.space[name], best.config.get(name, "-")), f"{best.value:.4f}")
+            )
     columns = ("domain", "arm", "search trials", "parameter", "importance for the arm", "best at", "best valid")
     return Table(
         columns, tuple(rows), f"Searched parameters; importance by fANOVA over the arm's domains, from {FEWEST} different scores on."
@@ -140,6 +142,11 @@ def bins(told: Sequence[Point]) -> list[tuple[str, list[Point]]]:
     parts = np.array_split(np.arange(len(ordered)), min(BINS, max(1, len(ordered) // 3)))
     grouped = [[ordered[place] for place in part] for part in parts]
     return [(f"{_short(str(part[0].value))} to {_short(str(part[-1].value))}", part) for part in grouped]
+
+
+def _at(dimension: Sequence[Any], text: str) -> str:
+    """A value in words: a choice as it is written, a number of a range with three digits."""
+    return text if dimension[3] is not None else _short(text)
 
 
 def _natural(text: str) -> tuple[int, float, str]:

@@ -135,6 +135,11 @@ def aggregate(intervals: Sequence[Interval]) -> Interval:
     return from_error(mean, round(float(np.sqrt(total)) / len(intervals), DECIMALS), satterthwaite(parts))
 
 
+def is_sure(corrected: float | None, seeds: int) -> bool:
+    """Whether a difference gets a mark."""
+    return corrected is not None and corrected < ALPHA and seeds >= MARK_SEEDS
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's corrected p-values (1979), in the given order; None stays, and does not count."""
     told = sorted((p, place) for place, p in enumerate(p_values) if p is not None)

@@ -44,6 +44,8 @@ class Link:
         return self.label
 
 
+FORMS = ("csv", "md", "tex", "html")
+
 Entry = str | int | float | Sample | Interval | Link
 
 
@@ -68,7 +70,7 @@ class Table:
 
     def to_markdown(self) -> str:
         """The rows and the notes; the caption is left to the page around it."""
-        texts = [[_dressed(entry, "**{}**", "<u>{}</u>") for entry in row] for row in self.rows]
+        texts = [[_dressed(entry, "**{}**", "<u>{}</u>", escape=_markdown) for entry in row] for row in self.rows]
         widths = [max(map(len, column)) for column in zip(self.columns, *texts, strict=True)]
         lines = [self.columns, ["-" * width for width in widths], *texts]
         table = "".join(f"| {' | '.join(text.ljust(width) for text, width in zip(line, widths, strict=True))} |\n" for line in lines)
@@ -97,8 +99,8 @@ class Table:
     def write(self, folder: Path, name: str) -> None:
         """Write `name`.csv, .md, .tex and .html into the folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        forms = {"csv": self.to_csv, "md": self.to_markdown, "tex": self.to_latex, "html": self.to_html}
-        for suffix, form in forms.items():
+        texts = (self.to_csv, self.to_markdown, self.to_latex, self.to_html)
+        for suffix, form in zip(FORMS, texts, strict=True):
             (folder / f"{name}.{suffix}").write_text(form(), encoding="utf-8")
 
 
@@ -106,9 +108,23 @@ def latex(text: str) -> str:
     """The text with LaTeX's own signs escaped."""
     escaped = re.sub(r"[\\%_&#${}]", lambda found: r"\textbackslash{}" if found[0] == "\\" else "\\" + found[0], text)
     escaped = re.sub(r"(?<!\w)-(?=\d)", "$-$", escaped)  # a minus sign, not a hyphen
-    for sign, command in (("±", r"$\pm$"), ("≥", r"$\geq$"), ("Δ", r"$\Delta$"), ("×", r"$\times$"), ("~", r"\textasciitilde{}")):
+    for sign, command in (
+        ("<", "$<$"),
+        (">", "$>$"),
+        ("|", "$|$"),
+        ("^", r"\textasciicircum{}"),
+        ("±", r"$\pm$"),
+        ("≥", r"$\geq$"),
+        ("Δ", r"$\Delta$"),
+        ("×", r"$\times$"),
+        ("~", r"\textasciitilde{}"),
+    ):
         escaped = escaped.replace(sign, command)
     return escaped
+
+
+def _markdown(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _csv_names(column: str, kinds: set[type]) -> list[str]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,11 +45,15 @@ from studies.runs import open_runs
 from studies.sensitivity import marginal_table, sensitivity_table
 from studies.significance import MARK_SEEDS
 from studies.spec import Stores
-from studies.table import Entry, Sample, Table
+from studies.table import FORMS, Entry, Sample, Table
 from studies.tracked import METRICS, ReadRanks, TrackedCell, TrackedStudy, ranks_reader, read_study
 from studies.transfer import Gain, pretraining_note, transfer_gains, transfer_matrix, transfer_table
 
 MAIN = "ndcg@10"  # whose improvement the main table tells
+NAMES = (  # of all tables
+    *("main", "transfer", "matrix", "effects", "effects_ndcg", "effects_hit", "overall", "convergence", "quality"),
+    *("sensitivity", "marginals", "literature", "ledger"),
+)
 
 
 def main_table(cells: Sequence[TrackedCell], leads: Sequence[Lead] = ()) -> Table:
@@ -98,16 +103,14 @@ def _budget(cells: Sequence[TrackedCell], arm: str) -> str:
 def _main_notes(cells: Sequence[TrackedCell], leads: Sequence[Lead]) -> tuple[str, ...]:
     notes = [warning] if (warning := budget_warning(cells)) else []
     led = [lead for lead in leads if lead.metric == MAIN]
-    if any(lead.seeds < MARK_SEEDS for lead in led):
-        notes.append(f"Fewer than {MARK_SEEDS} seeds: no mark of significance is given in {', '.join(_few(led))}.")
+    if few := [lead.domain for lead in led if 0 < lead.seeds < MARK_SEEDS]:
+        notes.append(f"Fewer than {MARK_SEEDS} seeds: no mark of significance is given in {', '.join(few)}.")
+    if without := [lead.domain for lead in led if lead.seeds == 0]:
+        notes.append(f"Best and second have no common seed whose ranks were kept: no mark is given in {', '.join(without)}.")
     found = [(lead, lead.difference.detectable) for lead in led]
     if shown := [f"{lead.domain} {least:.4f}" for lead, least in found if least is not None]:
         notes.append(f"What could have shown: a true lead of so much NDCG@10 would be found 4 times in 5, uncorrected: {', '.join(shown)}.")
     return tuple(notes)
-
-
-def _few(leads: Sequence[Lead]) -> list[str]:
-    return [lead.domain for lead in leads if lead.seeds < MARK_SEEDS]
 
 
 def effects_table(effects: Sequence[Effect]) -> Table:
@@ -185,22 +188,22 @@ def study_results(cells: Sequence[TrackedCell], read_ranks: ReadRanks) -> Result
 def study_tables(study: TrackedStudy, found: Results) -> dict[str, Table]:
     """All tables that the study has rows for, by name."""
     cells, effects = study.cells, found.effects
-    tables = {
-        "main": main_table(cells, found.leads),
-        "transfer": transfer_table(cells, study.pretraining),
-        "matrix": transfer_matrix(found.gains, cells),
-        "effects": effects_table(effects),
-        "effects_ndcg": effects_matrix(effects, "ndcg"),
-        "effects_hit": effects_matrix(effects, "hit"),
-        "overall": overall_table(effects),
-        "convergence": convergence_table(cells),
-        "quality": quality_table(cells),
-        "sensitivity": sensitivity_table(cells),
-        "marginals": marginal_table(cells),
-        "literature": literature_table(cells),
-        "ledger": ledger_table(study),
-    }
-    return {name: table for name, table in tables.items() if table.rows}
+    tables = (
+        main_table(cells, found.leads),
+        transfer_table(cells, study.pretraining),
+        transfer_matrix(found.gains, cells),
+        effects_table(effects),
+        effects_matrix(effects, "ndcg"),
+        effects_matrix(effects, "hit"),
+        overall_table(effects),
+        convergence_table(cells),
+        quality_table(cells),
+        sensitivity_table(cells),
+        marginal_table(cells),
+        literature_table(cells),
+        ledger_table(study),
+    )
+    return {name: table for name, table in zip(NAMES, tables, strict=True) if table.rows}
 
 
 def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None = None, exported: bool = False) -> Table:
@@ -219,17 +222,30 @@ def write_tables(folder: Path, *, baseline: str | None = None, uri: str | None =
         study = replace(study, cells=tuple(replace(cell, baseline=baseline) for cell in study.cells))
     found = study_results(study.cells, read_ranks)
     tables = study_tables(study, found)
-    for place in ("tables", "figures"):  # what an earlier version of the study had
-        for stale in (folder / place).glob("*.*"):
-            stale.unlink()
-    for name, table in tables.items():
-        table.write(folder / "tables", name)
-    figures.convergence(study.cells, folder / "figures")
-    figures.forest(found.effects, folder / "figures")
-    figures.matrix(found.gains, folder / "figures")
-    figures.searched(study.cells, folder / "figures")
-    write_page(study, tables, folder)
+    with tempfile.TemporaryDirectory(prefix=".results", dir=folder) as room:  # whole, or not at all
+        part = Path(room)
+        for name, table in tables.items():
+            table.write(part / "tables", name)
+        (part / "figures").mkdir()
+        figures.convergence(study.cells, part / "figures")
+        figures.forest(found.effects, part / "figures")
+        figures.matrix(found.gains, part / "figures")
+        figures.searched(study.cells, part / "figures")
+        write_page(study, tables, part)
+        _put(part, folder)
     return tables["main"]
+
+
+def _put(part: Path, folder: Path) -> None:
+    """Bring new results into the study's folder; what they no longer have goes, a user's own files stay."""
+    for place, names, forms in (("tables", NAMES, FORMS), ("figures", figures.NAMES, figures.FORMS)):
+        fresh = {file.name: file for file in (part / place).iterdir()}
+        (folder / place).mkdir(exist_ok=True)
+        for name, file in fresh.items():
+            file.replace(folder / place / name)
+        for stale in {f"{name}.{form}" for name in names for form in forms} - set(fresh):
+            (folder / place / stale).unlink(missing_ok=True)
+    (part / "index.html").replace(folder / "index.html")
 
 
 def told_store(folder: Path) -> str | None:

@@ -6,7 +6,7 @@ The study may be running: what it has finished is there, and reading holds it up
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,7 @@ from studies.runs import Runs
 METRICS = METRIC_NAMES
 DEFAULT_METRIC = "ndcg@10"  # of validation, of studies whose runs do not name theirs
 DATA = ("tags.mmm4rec.users", "tags.mmm4rec.items", "tags.mmm4rec.split")
-MEANING = ("fingerprint", "split", "metrics")  # tags that must agree wherever two numbers share a column
+PROTOCOL = {"split": "splits", "metrics": "definitions of metrics"}  # tags that must agree over a study
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class TrackedTrial:
     seconds: tuple[float, ...] = ()  # of training and validation, until then
     params: Mapping[str, str] = field(default_factory=dict)
     checkpoint: str = ""  # the hash of the weights that it began from; empty: none
-    name: str = ""
-    url: str = ""  # of its page, below the tracking server's address
+    url: str = ""  # of its page on a tracking server
 
 
 @dataclass(frozen=True)
@@ -98,6 +97,11 @@ class TrackedCell:
         return self.trials[0].params.get(name) if self.trials else None
 
     @property
+    def ids(self) -> str:
+        """Whether its model has item ids: on, off, or - where its trials do not tell."""
+        return {"True": "on", "False": "off"}.get(self.of_first("model.ids") or "", "-")
+
+    @property
     def patience(self) -> int | None:
         told = self.of_first("training.patience")
         return int(told) if told is not None and told.isdigit() else None
@@ -135,6 +139,7 @@ def read_study(source: Runs) -> TrackedStudy:
     runs = runs if "tags.mmm4rec.phase" in runs else runs.assign(**{"tags.mmm4rec.phase": None})
     phases, outcomes = runs["tags.mmm4rec.phase"], _column(runs, "tags.mmm4rec.outcome")
     cells = runs[(phases == "cell") & (outcomes != "superseded")]
+    cells = cells[[_fact(row, "position") is not None for row in _rows(cells)]]  # a run's facts are written after it
     if cells.empty:
         raise BadInput("the store has no cell of this study yet.", remedy="Run the study first, or correct its folder or --store.")
     confirmed = runs[(phases == "confirm") & (outcomes == "finished")]
@@ -188,7 +193,7 @@ def _fact(row: Row, name: str, default: Any = None) -> Any:
 
 
 def _check(confirmed: pd.DataFrame) -> None:
-    """Refuse runs that must not stand side by side."""
+    """Refuse runs that must not stand side by side. Runs of versions that did not name split and metrics had those of today."""
     by_key: dict[str, Row] = {}
     first: dict[tuple[str, str], Row] = {}
     for row in _rows(confirmed):
@@ -196,14 +201,13 @@ def _check(confirmed: pd.DataFrame) -> None:
         if twin is not row:
             rule = f"trial {row['tags.mmm4rec.trial_key']} has two runs: {twin['run_id']} and {row['run_id']}."
             raise BadInput(rule, remedy="Delete one of them in MLflow.")
-        for name in MEANING:
+        for name, among in ({"fingerprint": f"domain '{row['tags.mmm4rec.domain']}'"} | dict.fromkeys(PROTOCOL, "the study")).items():
             if (told := row.get(f"tags.mmm4rec.{name}")) is None:
                 continue
-            other = first.setdefault((row["tags.mmm4rec.domain"], name), row)
+            other = first.setdefault((among, name), row)
             if (before := other[f"tags.mmm4rec.{name}"]) != told:
-                what = name if name == "metrics" else f"{name}s"
                 rule = (
-                    f"domain '{row['tags.mmm4rec.domain']}' had two {what}: {before} in run {other['run_id']} ({other['name']}),"
+                    f"{among} had two {PROTOCOL.get(name, 'fingerprints')}: {before} in run {other['run_id']} ({other['name']}),"
                     f" {told} in run {row['run_id']} ({row['name']})."
                 )
                 raise BadInput(rule, remedy="Their numbers cannot be compared: run both on the same prepared domain.")
@@ -254,12 +258,16 @@ def _cell(row: Row, trials: list[Row], tried: list[Row], curves: Curves) -> Trac
 
 
 def _trial(row: Row, curve: Curve, metric: str) -> TrackedTrial:
+    wanted = {name: f"metrics.{mlflow_name(f'test {name}')}" for name in METRICS}
+    if not curve or (missing := [name for name, key in wanted.items() if key not in row]):
+        lacks = f"test {missing[0]}" if curve else f"a curve of {metric}"
+        raise BadInput(f"run {row['run_id']} ({row['name']}) lacks {lacks}.", remedy="It was changed, or written only in part: delete it.")
     best_steps, best_valid, best_epoch, _ = max(curve, key=lambda point: (point[1], point[0]))  # the latest of equals
     return TrackedTrial(
         run_id=row["run_id"],
         seed=int(row["params.seed"]),
         fingerprint=row["tags.mmm4rec.fingerprint"],
-        test={name: row[f"metrics.{mlflow_name(f'test {name}')}"] for name in METRICS},
+        test={name: row[key] for name, key in wanted.items()},
         best_valid=best_valid,
         best_steps=best_steps,
         best_epoch=best_epoch,
@@ -268,22 +276,38 @@ def _trial(row: Row, curve: Curve, metric: str) -> TrackedTrial:
         seconds=tuple(seconds for _, _, _, seconds in curve),
         params={name.removeprefix("params."): value for name, value in row.items() if name.startswith("params.")},
         checkpoint=row.get("tags.mmm4rec.began_from", ""),
-        name=row["name"],
-        url=f"#/experiments/{row['experiment_id']}/runs/{row['run_id']}" if "experiment_id" in row else "",
+        url=row.get("url", ""),
     )
 
 
 def _search_trial(row: Row, curve: Curve, space: Mapping[str, Any]) -> SearchTrial:
-    config = {name: row[f"params.{name}"] for name in space if f"params.{name}" in row}
+    told = row.get("tags.mmm4rec.config")  # what was drawn: of a condition that did not hold there is a default among the parameters
+    config = {name: row[f"params.{name}"] for name in space if f"params.{name}" in row} if told is None else json.loads(told)
+    config = {name: str(value) for name, value in config.items() if name in space and _holds(space[name], str(value))}
     value = max((value for _, value, _, _ in curve), default=float("nan"))
     pruned = row["tags.mmm4rec.outcome"] == "pruned"
     return SearchTrial(row["run_id"], int(row.get("params.number", 0)), pruned, config, value, curve[-1][2] if curve else 0)
+
+
+def _holds(dimension: Sequence[Any], text: str) -> bool:
+    """Whether a value lies in a dimension [low, high, log, choices]."""
+    low, high, _, choices = dimension
+    if choices is not None:
+        return text in map(str, choices)
+    try:
+        return low <= float(text) <= high
+    except ValueError:
+        return False
 
 
 def _pretraining(source: Runs, runs: pd.DataFrame) -> Pretraining | None:
     if runs.empty:
         return None
     run = runs.iloc[0]["run_id"]
-    ((_, curve),) = _curves(source, [run], [DEFAULT_METRIC]).items()
+    told = runs.iloc[0].get("params.training.valid_metric")
+    metric = told if isinstance(told, str) else DEFAULT_METRIC
+    curve = _curves(source, [run], [metric]).get((run, metric), [])
+    if not curve:
+        return None
     best = max(curve, key=lambda point: (point[1], point[0]))
     return Pretraining(curve[-1][0], best[0], curve[-1][2], curve[-1][3])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 
-from studies.effects import Pairs, by_domain
-from studies.significance import ALPHA, MARK_SEEDS, Interval, holm
+from studies.effects import Pairs, by_domain, mean_of
+from studies.significance import Interval, holm, is_sure
 from studies.table import Entry, Sample, Table
 from studies.tracked import Pretraining, ReadRanks, TrackedCell, TrackedTrial
 
@@ -40,7 +40,9 @@ def transfer_table(cells: Sequence[TrackedCell], pretraining: Pretraining | None
     columns = ("domain", "arm", "seeds", "test ndcg@10", f"best valid {metric}", *at_steps, "steps to scratch's best", "reached")
     rows: list[tuple[Entry, ...]] = []
     for cell, control in controls(cells):
-        rows += [_transfer_row(control, control), _transfer_row(cell, control)]
+        seeds = {trial.seed for trial in cell.trials} & {trial.seed for trial in control.trials}
+        both = [replace(one, trials=tuple(trial for trial in one.trials if trial.seed in seeds)) for one in (control, cell)]
+        rows += [_transfer_row(one, both[0]) for one in both]
     note = pretraining_note(pretraining)
     return Table(columns, tuple(rows), "Pre-trained arms and their scratch controls.", (note,) if note else ())
 
@@ -112,25 +114,27 @@ class Gain:
     @property
     def verdict(self) -> str:
         """Negative transfer is what an interval shows; below in the mean is said too."""
+        if self.difference.low is None:
+            return "below, no interval" if self.difference.mean < 0 else "no interval"
         if not self.difference.excludes_zero:
             return "below, within its interval" if self.difference.mean < 0 else "within its interval"
-        sure = self.corrected is not None and self.corrected < ALPHA and self.seeds >= MARK_SEEDS
-        return ("NEGATIVE TRANSFER" if self.difference.mean < 0 else "gain") + ("*" if sure else "")
+        return ("NEGATIVE TRANSFER" if self.difference.mean < 0 else "gain") + "*" * is_sure(self.corrected, self.seeds)
 
 
 def transfer_gains(cells: Sequence[TrackedCell], read_ranks: ReadRanks) -> list[Gain]:
     """The gain of every pre-trained arm that has a control, by domain. Without common ranks there is a mean and no interval."""
-    found: list[tuple[TrackedCell, TrackedCell, int, Interval]] = []
+    found: list[tuple[TrackedCell, TrackedCell, int, float, Interval]] = []
     for here in by_domain(cells):
         told = [(cell, control) for cell, control in controls(here) if cell.trials and control.trials]
         involved = {cell.name: cell for pair in told for cell in pair}
         pairs = Pairs(list(involved.values()), read_ranks, (GAIN,))
         for cell, control in told:
-            difference = Interval(_level(cell) - _level(control))
-            seeds = 0
+            level, seeds = mean_of(control, GAIN), 0
+            difference = Interval(mean_of(cell, GAIN) - level)
             for _, (common, parts) in pairs.minus(control, [cell]):
                 difference, seeds = parts[0], len(common)
-            found.append((cell, control, seeds, difference))
+                level = mean(float(pairs.by_seed(control, seed).mean()) for seed in common)
+            found.append((cell, control, seeds, level, difference))
     corrected = holm([difference.p for *_, difference in found])
     return [
         Gain(
@@ -139,18 +143,14 @@ def transfer_gains(cells: Sequence[TrackedCell], read_ranks: ReadRanks) -> list[
             control.arm,
             (cell.trials[0].checkpoint or "-")[:8],
             cell.of_first("model.modalities") or "-",
-            {"True": "on", "False": "off"}.get(cell.of_first("model.ids") or "", "-"),
+            cell.ids,
             seeds,
-            _level(control),
+            level,
             difference,
             p,
         )
-        for (cell, control, seeds, difference), p in zip(found, corrected, strict=True)
+        for (cell, control, seeds, level, difference), p in zip(found, corrected, strict=True)
     ]
-
-
-def _level(cell: TrackedCell) -> float:
-    return mean(trial.test[GAIN] for trial in cell.trials)
 
 
 def transfer_matrix(gains: Sequence[Gain], cells: Sequence[TrackedCell]) -> Table:

@@ -1,7 +1,7 @@
 """The transfer study: pre-train once, search and confirm every cell, write the tables.
 
     python studies/transfer_sweep.py --spec demo
-    python studies/transfer_sweep.py --spec real_small --data DIR
+    python studies/transfer_sweep.py --spec transfer_real --data DIR
     python studies/transfer_sweep.py --spec SPEC --data DIR --on SHOP      # the spec's arms on a domain of your own
 
 Run again, it goes on where it was interrupted; a finished study prints its table. While it runs, or after:

@@ -114,8 +114,28 @@ def test_the_matrix_has_a_gain_over_the_control_and_flags_negative_transfer() ->
     assert toys.difference.mean == pytest.approx(29 / 30 * 0.5)  # 1 / log2(2) - 1 / log2(4), of 29 users
     assert games.difference.mean == pytest.approx(29 / 30 * (1 / 3 - 1 / 2))
     assert (toys.verdict, games.verdict) == ("gain*", "NEGATIVE TRANSFER*")
-    assert games.percent == pytest.approx(100 * games.difference.mean / 0.5)
+    assert games.percent == pytest.approx(100 * games.difference.mean / ((1 + 29 * 0.5) / 30))  # of the control on the same seeds
     assert transfer_matrix(gains, cells).notes == ("No scratch control differs in init alone, so no gain: odd.",)
+
+
+def test_without_ranks_a_gain_has_no_interval_and_says_so() -> None:
+    cells = [named(cell(arm, [trial(0, SLOW)], init=init)) for arm, init in (("pre", "pretrained"), ("scratch", "scratch"))]
+    (gain,) = transfer_gains(cells, lambda trial: None)
+    assert gain.verdict == "no interval"
+
+
+def test_a_reference_that_was_cut_off_turns_a_ratio_into_an_upper_bound() -> None:
+    rising = [0.1, 0.2, 0.3, 0.4, 0.45, 0.5]
+    cells = [cell("pretrained", [trial(0, FAST)], init="pretrained"), cell("scratch", [trial(0, rising)])]
+    table = convergence_table(cells)
+    assert [row[table.columns.index("times the reference's steps")] for row in table.rows] == ["≤ 0.33", "1.00"]
+    both = convergence_table([cell("pretrained", [trial(0, rising)], init="pretrained"), cells[1]])
+    assert both.rows[0][both.columns.index("times the reference's steps")] == "-"
+    own = next(row for row in quality_table(cells).rows if row[1] == "scratch" and row[3] == "100% of its best")
+    assert isinstance(own[5], Sample)
+    assert own[5].at_least, "the best of a run that was cut off is a bound"
+    without = [replace(one, ledger={}) for one in cells]
+    assert convergence_table(without).rows[0][8] == Sample((), digits=3)
 
 
 SPACE = {"lr": [1e-4, 1e-1, True, None], "size": [None, None, False, [2, 4, 8]]}

@@ -166,7 +166,13 @@ def test_generated_shops_may_be_others_than_the_demos_and_stand_beside_prepared_
     assert list(made) == [*TINY_SHOPS.sources, *TINY_SHOPS.targets, "own"]
     attic = open_domain(made["attic"].path)
     assert (attic.n_users, attic.n_items) == (70, 45)
-    with pytest.raises(BadInput, match=r"'demo' names a shop twice|sizes"):
+    wider = from_dict(Domains, domains | {"demo": to_dict(TINY_SHOPS) | {"sizes": {"attic": [71, 45]}}}, source="test")
+    with pytest.raises(BadInput, match=r"another shop 'attic' than the spec: \(70, 45\) there, \(71, 45\) in the spec"):
+        make_domains(wider, tmp_path / "domains", data=tmp_path, seed=0)
+    (tmp_path / "prepared").mkdir()
+    with pytest.raises(BadInput, match="holds no generated shops"):
+        make_domains(wanted, tmp_path / "prepared", data=tmp_path, seed=0)
+    with pytest.raises(BadInput, match=r"sizes has nowhere"):
         from_dict(Domains, {"demo": {"sizes": {"nowhere": [1, 1]}}}, source="test")
 
 

@@ -168,6 +168,18 @@ def test_an_arm_that_fits_nothing_stands_beside_every_seed() -> None:
     assert effect.seeds == 3
 
 
+def test_a_lead_that_the_common_seeds_do_not_share_gets_no_mark() -> None:
+    """Arm a is ahead by seeds that b does not have; where both ran, it is behind."""
+    ranks = {("a", seed): np.full(50, 3 if seed < 5 else 1) for seed in range(20)} | {("b", seed): np.full(50, 2) for seed in range(5)}
+    by_seed = [metrics(np.full(1, 3.0 if seed < 5 else 1.0)) for seed in range(20)]
+    a = cell("a", tuple(range(20)))
+    a = replace(a, trials=tuple(replace(trial, test=test) for trial, test in zip(a.trials, by_seed, strict=True)))
+    leads = {lead.metric: lead for lead in study_leads([a, with_test(cell("b", tuple(range(5))), 2)], reader(ranks))}
+    assert (leads["ndcg@10"].arm, leads["ndcg@10"].seeds) == ("a", 5)
+    assert leads["ndcg@10"].difference.mean < 0
+    assert not leads["ndcg@10"].marked
+
+
 def test_leads_are_of_the_best_over_the_second_and_marks_need_five_seeds() -> None:
     ranks = {("a", seed): np.full(50, 1) for seed in range(5)} | {("b", seed): np.full(50, 3) for seed in range(5)}
     ranks |= {("c", seed): np.full(50, 9) for seed in range(5)}

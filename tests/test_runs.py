@@ -77,12 +77,13 @@ def test_what_is_no_export_is_refused(study: Path, capsys: pytest.CaptureFixture
         (lambda: file.write_bytes(b"PAR1"), "is no parquet file"),
         (file.unlink, "is missing"),
     ):
+        before = written(study)
         broken()
         assert tables([str(study), "--export"]) == 2
         said = capsys.readouterr().err
         assert rule in said
         assert "python studies/runs.py" in said
-        assert written(study), "the old tables stand"
+        assert written(study) == before, "the old tables stand"
 
 
 def test_a_deleted_run_changes_the_tables(study: Path) -> None:
@@ -112,6 +113,7 @@ def test_latex_is_well_formed(study: Path) -> None:
         body = text.split(r"\midrule", 1)[1].split(r"\bottomrule")[0]
         rows = [line for line in body.splitlines() if line.strip() and line != r"\midrule"]
         assert rows, file.name
+        assert not re.findall(r"(?<!\$)[<>|^]", text), file.name
         for row in rows:
             assert row.endswith(r"\\"), file.name
             assert len(re.findall(r"(?<!\\)&", row)) == columns - 1, (file.name, row)

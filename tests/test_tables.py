@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import re
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 from mlflow import MlflowClient
 
-from mmm4rec.config import from_dict
+from mmm4rec.config import from_dict, to_dict
 from mmm4rec.errors import BadInput
 from studies.cells import Source, build_cells
 from studies.mlflow_tracker import MlflowTracker, store_uri
 from studies.runs import MlflowRuns
+from studies.runs import main as export
+from studies.sensitivity import importances
 from studies.spec import Spec
 from studies.state import Journal
 from studies.table import Sample, Table
@@ -239,6 +243,94 @@ def test_runs_of_one_domain_with_different_fingerprints_are_refused_by_name(stud
     assert "another" in said
     assert "toys/scratch confirm 1" in said
     assert not (study / "tables").exists()
+
+
+@pytest.mark.parametrize(("tag", "what"), [("split", "splits"), ("metrics", "definitions of metrics")])
+def test_another_protocol_anywhere_in_the_study_is_refused_by_name(study: Path, tag: str, what: str) -> None:
+    client = MlflowClient(tracking_uri=store_uri(study))
+    confirmed = sorted((r for r in runs_of(study) if r.data.tags["mmm4rec.phase"] == "confirm"), key=lambda r: r.info.run_name)
+    for place, run in enumerate(confirmed):
+        client.set_tag(run.info.run_id, f"mmm4rec.{tag}", "another" if place == len(confirmed) - 1 else "one")
+        client.set_tag(run.info.run_id, "mmm4rec.domain", "toys" if place < len(confirmed) - 1 else "games")
+    with pytest.raises(BadInput, match=rf"the study had two {what}: .* in run \w+ \({confirmed[-1].info.run_name}\)"):
+        read_study(MlflowRuns(study))
+
+
+def test_a_run_that_lost_a_metric_is_named(study: Path) -> None:
+    """As if it had been written in part."""
+    run = next(run for run in runs_of(study) if run.info.run_name == "toys/scratch confirm 1")
+    with closing(sqlite3.connect(study / "mlflow.db")) as database, database:
+        database.execute("DELETE FROM latest_metrics WHERE run_uuid = ? AND key = 'test/mrr'", (run.info.run_id,))
+    with pytest.raises(BadInput, match=rf"run {run.info.run_id} \(toys/scratch confirm 1\) lacks test mrr"):
+        read_study(MlflowRuns(study))
+
+
+def test_a_store_that_is_none_is_refused(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(study), "--store", f"sqlite:///{study}/nowhere.db"]) == 2
+    assert not (study / "nowhere.db").exists()
+    (study / "mlflow.db").write_bytes(b"no database, whatever it is called" * 100)
+    for suffix in ("-wal", "-shm"):
+        (study / f"mlflow.db{suffix}").unlink(missing_ok=True)
+    assert main([str(study)]) == 2
+    assert "does not answer" in capsys.readouterr().err
+
+
+def test_what_was_not_drawn_is_no_searched_value(tmp_path: Path) -> None:
+    """negatives is searched with loss sampled only; a finished run tells its default too."""
+    space = {
+        "training.loss": {"choices": ["full", "sampled"]},
+        "training.negatives": {"low": 64, "high": 1024, "integer": True, "when": {"training.loss": ["sampled"]}},
+    }
+    told = {
+        **to_dict(SPEC),
+        "arms": {"scratch": {}},
+        "cells": [{"domains": ["toys"], "arms": ["scratch"]}],
+        "space": space,
+        "pretrain": None,
+    }
+    spec = from_dict(Spec, told, source="test")
+    cells, _ = build_cells(spec, {"toys": Source("/toys", "print", True)})
+    journal = Journal(tmp_path / "study.sqlite3")
+    journal.add_cells(["toys/scratch"])
+    for number, config in enumerate([{"training.loss": "full"}, {"training.loss": "sampled", "training.negatives": 128}] * 2):
+        trial = journal.start(cells[0], "search", number, number, config)
+        journal.add_report(trial.trial_key, row_of(1, 0.1 + 0.01 * number), 0.1)
+        ran = {
+            **result([0.1], None),
+            "config": {"training": {"loss": config["training.loss"], "negatives": config.get("training.negatives", 8192)}},
+        }
+        journal.end(trial.trial_key, "finished", result=ran)
+    tracker = MlflowTracker(tmp_path, spec, cells, tmp_path / "study.sqlite3")
+    tracker.start()
+    for trial in journal.trials():
+        tracker.trial(trial.trial_key)
+    tracker.finish([])
+    tracker.close()
+    journal.close()
+    ((cell,),) = [read_study(MlflowRuns(tmp_path)).cells]
+    assert [dict(trial.config) for trial in cell.searched] == [
+        {"training.loss": "full"},
+        {"training.loss": "sampled", "training.negatives": "128"},
+    ] * 2
+    assert importances([cell]) == {}, "two trials drew both: too few"
+    write_tables(tmp_path)
+    assert "8192" not in (tmp_path / "tables" / "sensitivity.md").read_text()
+
+
+def test_an_export_gives_every_byte_of_a_study_that_pre_trained(study: Path) -> None:
+    """With transfer, matrix, searched values and their figures."""
+    main([str(study)])
+    names = [file for place in ("tables", "figures") for file in (study / place).iterdir()] + [study / "index.html"]
+    assert {"transfer.md", "matrix.md", "sensitivity.md", "transfer_matrix.svg", "sensitivity.svg"} <= {file.name for file in names}
+    before = {file: file.read_bytes() for file in names}
+    (study / "tables" / "mine.txt").write_text("a user's own")
+    assert export([str(study)]) == 0
+    (study / "mlflow.db").unlink()
+    for file in names:
+        file.unlink()
+    assert main([str(study), "--export"]) == 0
+    assert {file: file.read_bytes() for file in names} == before
+    assert (study / "tables" / "mine.txt").is_file()
 
 
 def test_a_trial_with_two_runs_is_refused(study: Path) -> None:
