@@ -74,11 +74,11 @@ def fixed_quality(here: Sequence[TrackedCell]) -> tuple[float, str] | None:
 
 
 def gpu_hours(cell: TrackedCell, costs: Sequence[Cost]) -> tuple[float, ...]:
-    """GPU hours of costs, at as many GPUs as the ledger says; none without a ledger."""
-    seconds = cell.ledger.get("seconds", 0.0)
-    if not seconds:
+    """GPU hours of costs, at as many GPUs as the ledger says; none where it says none."""
+    hours, seconds = (cell.ledger.get(name, 0.0) for name in ("gpu_hours", "seconds"))
+    if not hours or not seconds:
         return ()
-    gpus = cell.ledger.get("gpu_hours", 0.0) * SECONDS_AN_HOUR / seconds
+    gpus = hours * SECONDS_AN_HOUR / seconds
     return tuple(cost.seconds * gpus / SECONDS_AN_HOUR for cost in costs)
 
 

@@ -105,7 +105,7 @@ def matrix(gains: Sequence[Gain], folder: Path) -> None:
     values = np.full((len(rows), len(domains)), np.nan)
     for gain in gains:
         values[rows.index((gain.arm, _treatment(gain))), domains.index(gain.domain)] = gain.percent
-    most = max(1.0, float(np.nanmax(np.abs(values))))
+    most = max(10.0, float(np.nanmax(np.abs(values))))  # percent: no loud colours for little
     with mpl.rc_context(RC):
         size = (3.4 + 1.15 * len(domains), 1.4 + 0.55 * len(rows))
         figure, axis = plt.subplots(figsize=size, layout="constrained")
