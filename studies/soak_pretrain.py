@@ -52,6 +52,7 @@ KINDS = {"worker": 4, "driver": 2, "node": 2}  # how often, relative to each oth
 WORKER = b"RayTrainWorker"  # in the command line of a worker's process
 EVERY_STEPS, BETWEEN_REPORTS = 10, 5
 SHOPS = DemoConfig(targets=("attic",), source_users=120, source_items=60, target_users=60, target_items=40, dimensions=8)
+IN_TRAINING = 0.8  # of the kills; the others come at any moment, Ray's start among them
 LIMIT_SECONDS = 1800  # for one pre-training, its kills among it
 RELATIVE, ABSOLUTE = 1e-4, 1e-5  # float tolerance of losses and weights
 
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: cluster and driver are taken down
     began, out, draw = time.monotonic(), (told.out or Path(tempfile.mkdtemp(prefix="soak_"))).resolve(), random.Random(told.seed)
     done: Counter[str] = Counter()
-    again, number = 0, 0
+    again: list[int] = []  # steps done again, each time that a run went on from a checkpoint
+    number = 0
     with small_cluster() as cluster, tqdm(total=told.kills, unit="kill") as bar:
         try:
             run(cluster, make_spec("alone", told.epochs, workers=2), out, None)
@@ -80,7 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nVIOLATED: {error}\nIts files: {out}", file=sys.stderr)
             return 1
     killed = ", ".join(f"{kind} {count}" for kind, count in sorted(done.items()))
-    print(f"{done.total()} kills ({killed}), {number} pre-trainings, {again} steps done again, {time.monotonic() - began:.0f} s: all held.")
+    print(
+        f"{done.total()} kills ({killed}), {number} pre-trainings, {len(again)} times on from a checkpoint, {sum(again)} steps again, {time.monotonic() - began:.0f} s: all held."
+    )
     if told.out is None:
         shutil.rmtree(out)
     return 0
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kills-each", type=int, default=4, help="at most so many of one pre-training; default: 4")
     parser.add_argument("--seed", type=int, default=0, help="of the kinds and the pauses; default: 0")
     parser.add_argument("--epochs", type=int, default=24, help="of a pre-training; default: 24")
-    parser.add_argument("--pause", type=float, default=15.0, help="mean seconds between two kills; default: 15")
+    parser.add_argument("--pause", type=float, default=4.0, help="mean seconds from a sign of training to a kill; default: 4")
     parser.add_argument("--out", type=Path, help="a folder for the files, which stay; default: a temporary one, kept only after a failure")
     return parser
 
@@ -137,9 +141,19 @@ class Killer:
         self._pause_seconds = pause_seconds
         self.done: Counter[str] = Counter()
 
-    def pause(self) -> float:
-        """Seconds to the next kill; for ever when there were enough."""
-        return LIMIT_SECONDS if self.done.total() >= self._kills else self._draw.expovariate(1 / self._pause_seconds)
+    def waits(self, driver: subprocess.Popen[bytes], steps: Path) -> bool:
+        """Wait for the next moment to kill, for ever when there were enough; whether the driver ended meanwhile.
+
+        Most moments lie in training: the pause begins when `steps`, the file of its reports, has changed. Others are any.
+        """
+        if self.done.total() >= self._kills:
+            return ended_within(driver, LIMIT_SECONDS)
+        if self._draw.random() < IN_TRAINING:
+            before = _version(steps)
+            while _version(steps) == before:
+                if ended_within(driver, 0.2):
+                    return True
+        return ended_within(driver, self._draw.expovariate(1 / self._pause_seconds))
 
     def kill(self, driver: subprocess.Popen[bytes]) -> None:
         kind = self._draw.choices(list(KINDS), list(KINDS.values()))[0]
@@ -167,7 +181,11 @@ def run(cluster: Any, spec: Spec, out: Path, killer: Killer | None) -> None:
     driver, deadline = start(cluster, spec, out), time.monotonic() + LIMIT_SECONDS
     try:
         while time.monotonic() < deadline:
-            if ended_within(driver, LIMIT_SECONDS if killer is None else killer.pause()):
+            if (
+                ended_within(driver, LIMIT_SECONDS)
+                if killer is None
+                else killer.waits(driver, out / spec.study / "pretrain" / "steps.jsonl")
+            ):
                 if driver.returncode == 0:
                     return
                 said = (out / f"{spec.study}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-20:]
@@ -182,14 +200,21 @@ def run(cluster: Any, spec: Spec, out: Path, killer: Killer | None) -> None:
         driver.wait()
 
 
+def _version(file: Path) -> tuple[int, int] | None:
+    with suppress(FileNotFoundError):
+        state = file.stat()
+        return state.st_ino, state.st_size
+    return None
+
+
 def start(cluster: Any, spec: Spec, out: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(ROOT / "studies" / "pretrain.py"), "--spec", str(out / f"{spec.study}.yaml"), "--out", str(out)]
     with (out / f"{spec.study}.log").open("ab") as log:
         return subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address}, stdout=log, stderr=log)
 
 
-def check(out: Path, name: str, kills: int) -> int:
-    """Compare a killed pre-training with the one that was left alone; the steps it did again. Raises Violated."""
+def check(out: Path, name: str, kills: int) -> list[int]:
+    """Compare a killed pre-training with the one that was left alone; the steps done again at each going on. Raises Violated."""
     alone, killed = out / "alone" / "pretrain", out / name / "pretrain"
     for file, keys in (("curve.jsonl", ("train_loss",)), ("steps.jsonl", ("train_loss", "gradient_norm"))):
         expected, found = (_lines(folder / file) for folder in (alone, killed))
@@ -208,7 +233,7 @@ def check(out: Path, name: str, kills: int) -> int:
     _require(begins <= 1 + 2 * kills, f"{name} began {begins} times, with {kills} kills")
     again = [int(at) - int(left) for at, left in re.findall(r"had come to step (\d+).*\n.*goes on from (\d+)\.ckpt", log)]
     _require(max(again, default=0) <= 2 * EVERY_STEPS, f"{name} did {max(again, default=0)} steps again after a kill")
-    return sum(again)
+    return again
 
 
 def _check_mlflow(folder: Path, steps: list[int]) -> None:
