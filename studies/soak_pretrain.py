@@ -82,9 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"\nVIOLATED: {error}\nIts files: {out}", file=sys.stderr)
             return 1
     killed = ", ".join(f"{kind} {count}" for kind, count in sorted(done.items()))
-    print(
-        f"{done.total()} kills ({killed}), {number} pre-trainings, {len(again)} times on from a checkpoint, {sum(again)} steps again, {time.monotonic() - began:.0f} s: all held."
-    )
+    did = f"{number} pre-trainings, {len(again)} times on from a checkpoint, {sum(again)} steps done again"
+    print(f"{done.total()} kills ({killed}), {did}, {time.monotonic() - began:.0f} s: all held.")
     if told.out is None:
         shutil.rmtree(out)
     return 0
