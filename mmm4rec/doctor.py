@@ -18,7 +18,7 @@ EXTRAS = {
     "encode": ("scikit-learn", "pillow"),
     "hub": ("huggingface_hub",),
     "postgresql": ("psycopg", "SQLAlchemy"),
-    "studies": ("ray", "optuna", "mlflow", "matplotlib", "fsspec"),
+    "studies": ("ray", "optuna", "mlflow", "matplotlib", "scipy", "jinja2", "fsspec"),
 }
 
 
