@@ -185,7 +185,9 @@ def test_a_finished_study_prints_its_table_again(killed: tuple[Path, dict[str, t
     assert all((folder / "figures" / f"{name}.{suffix}").exists() for name in ("convergence", "effects") for suffix in ("png", "svg"))
     effects = [line.split("|")[2:5] for line in (folder / "tables" / "effects.md").read_text().splitlines()[2:]]
     told = [[text.strip() for text in line] for line in effects]
-    assert told == [[arm, "scratch", seeds] for arm, seeds in (("pretrained", "2"), ("no_time", "2"), ("popularity", "1"))]
+    assert told == [[arm, "scratch", seeds] for arm, seeds in (("pretrained", "2"), ("no_time", "2"), ("popularity", "2"))], (
+        "popularity stands beside each seed"
+    )
 
 
 def run_without_ray(folder: Path, domain: Path) -> dict[str, tuple]:
