@@ -2,8 +2,9 @@
 
 Memory: three generated domains, each ten times the one before, prepared and read as any other, item ids off. A fresh process
 assembles the run, trains some optimizer steps, ranks some held-out users and keeps a checkpoint; told is the most memory
-that it holds beside the mapped files. Throughput: the demo's sources, the demo's model, through Ray Train; each worker has
-one thread.
+that it holds beside the mapped files. Throughput: the demo's sources, the demo's model, through Ray Train, at the demo's
+batch size and at a larger one (what every worker does for itself, small steps' overhead above all, weighs less there); each
+worker has one thread.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ SIZES = ((1_000_000, 100_000), (10_000_000, 1_000_000), (100_000_000, 10_000_000
 A_USER = 10
 FEATURES = 32  # of each modality, float16
 STEPS, BATCH, RANKED_USERS = 10, 1024, 64
+THROUGHPUT = ((256, 3, 10), (2048, 12, 5))  # examples a step of all workers, epochs, steps between reports
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,7 +51,7 @@ def measure(out: Path, sizes: int, machine: dict[str, Any]) -> str:
             in_fresh_process(generate, Path(folder) / "shop", interactions, items)
             found["memory"].append({"interactions": interactions, "items": items, **in_fresh_process(train, Path(folder))})
         write_atomically(out / "benchmark_pretrain.json", (json.dumps(found, indent=2) + "\n").encode())
-    found["throughput"] = {workers: through_ray(workers) for workers in (1, 2)}
+    found["throughput"] = [through_ray(workers, *told) for told in THROUGHPUT for workers in (1, 2)]
     write_atomically(out / "benchmark_pretrain.json", (json.dumps(found, indent=2) + "\n").encode())
     text = table(found)
     write_atomically(out / "benchmark_pretrain.md", text.encode())
@@ -105,11 +107,12 @@ def train(folder: Path) -> dict[str, Any]:
     return found | memory | {"examples": len(run.data[0].train), "file_bytes": files}
 
 
-def through_ray(workers: int) -> dict[str, Any]:
+def through_ray(workers: int, batch_size: int, epochs: int, steps: int) -> dict[str, Any]:
     """Interactions a second of the demo's pre-training, by its own reports, the first of them left out."""
     spec = load_spec("demo")
     assert spec.pretrain is not None
-    training = {**spec.pretrain.training, "epochs": 3}
+    changes = {"batch_size": batch_size, "epochs": epochs, "patience": epochs, "steps_between_reports": steps}
+    training = {**spec.pretrain.training, **changes}
     told = replace(spec, pretrain=replace(spec.pretrain, workers=workers, training=training, zero_shot=False))
     with tempfile.TemporaryDirectory(prefix="m") as name:
         file = Path(name) / "demo.yaml"
@@ -120,23 +123,24 @@ def through_ray(workers: int) -> dict[str, Any]:
         rows = [json.loads(line) for line in (place / "steps.jsonl").read_text(encoding="utf-8").splitlines()][1:]
         peak = json.loads((place / "result.json").read_text(encoding="utf-8"))["peak_memory_bytes"]
     rates = [row["examples_per_second"] for row in rows]
-    return {"interactions_per_second": statistics.median(rates), "low": min(rates), "high": max(rates), "peak_memory_bytes": peak}
+    told_of = {"batch_size": batch_size, "workers": workers, "reports": len(rates)}
+    return told_of | {"interactions_per_second": statistics.median(rates), "low": min(rates), "high": max(rates), "peak_memory_bytes": peak}
 
 
 def table(found: dict[str, Any]) -> str:
     """What was measured, as Markdown."""
-    where, (one, two) = found["machine"], (found["throughput"][workers] for workers in (1, 2))
+    where = found["machine"]
+    alone = {told["batch_size"]: told["interactions_per_second"] for told in found["throughput"] if told["workers"] == 1}
     rows = [
         f"| {row['interactions']:,} | {row['items']:,} | {row['file_bytes'] / 1e9:.2f} GB | {row['peak_bytes'] / 1e9:.2f} GB"
         f" | {row['assemble_seconds']:.1f} s | {row['step_seconds']:.2f} s | {row['ranking_seconds_a_user']:.2f} s |"
         for row in found["memory"]
     ]
     rates = []
-    for count, told in ((1, one), (2, two)):
-        rate = told["interactions_per_second"]
-        share = rate / count / one["interactions_per_second"]
-        spread = f"{rate:,.0f} ({told['low']:,.0f} to {told['high']:,.0f})"
-        rates.append(f"| {count} | {spread} | {rate / count:,.0f} | {share:.0%} | {told['peak_memory_bytes'] / 1e9:.2f} GB |")
+    for told in found["throughput"]:
+        batch, count, rate = told["batch_size"], told["workers"], told["interactions_per_second"]
+        spread, share = f"{rate:,.0f} ({told['low']:,.0f} to {told['high']:,.0f})", rate / count / alone[batch]
+        rates.append(f"| {batch:,} | {count} | {spread} | {rate / count:,.0f} | {share:.0%} | {told['peak_memory_bytes'] / 1e9:.2f} GB |")
     return "\n".join(
         [
             "# What pre-training costs",
@@ -151,8 +155,8 @@ def table(found: dict[str, Any]) -> str:
             "",
             "The demo's sources through Ray Train, each worker with one thread; medians (lowest and highest) of the reports:",
             "",
-            "| workers | interactions a second | per worker | efficiency | memory of worker 0 |",
-            "| --- | --- | --- | --- | --- |",
+            "| examples a step | workers | interactions a second | per worker | efficiency | memory of worker 0 |",
+            "| --- | --- | --- | --- | --- | --- |",
             *rates,
             "",
             f"({where['name']}, {where['cores']} cores, torch {where['torch']}, code {where['code_version']}. More workers, other",
