@@ -23,9 +23,15 @@ if TYPE_CHECKING:  # torch takes seconds to import
 
 
 def prepare_command(args: argparse.Namespace) -> None:
-    from mmm4rec.data.prepare import prepare
+    from mmm4rec.data.prepare import PrepareConfig, prepare
+    from mmm4rec.data.reviews import Columns
 
-    _print(prepare(args.src, args.out, name=args.name, k_core=args.k_core, force=args.force).info)
+    told = ("k_core", "split", "valid_share", "test_share", "malformed", "memory_gb")
+    try:
+        config = PrepareConfig(**{name: getattr(args, name) for name in told}, columns=Columns.parse(args.columns))
+    except ValueError as error:
+        raise BadInput(str(error), remedy="Correct the flag.") from error
+    _print(prepare(args.src, args.out, config, name=args.name, force=args.force).info)
 
 
 def demo_command(args: argparse.Namespace) -> None:
@@ -189,10 +195,19 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = _command(commands, "prepare", prepare_command, "raw files -> a domain", "mmm4rec prepare raw/Gift_Cards domains/Gift_Cards")
-    command.add_argument("src", type=Path, help="an Amazon 2018 category or a UniSRec/MISSRec folder")
+    formats = "Amazon 2014, 2018 or 2023 (one category), RecBole, UniSRec/MISSRec, or a table with the columns user, item, time"
+    command.add_argument("src", type=Path, help=f"a folder or file, compressed or not: {formats}")
     command.add_argument("out", type=Path, help="folder of the new domain")
     command.add_argument("--name", help="name of the domain (default: the source's)")
-    command.add_argument("--k-core", type=int, default=5, help="users and items with fewer interactions go (raw Amazon; default 5)")
+    command.add_argument("--k-core", type=int, default=5, help="users and items with fewer interactions go (not UniSRec; default 5)")
+    kinds = ("leave-one-out", "global-time")
+    command.add_argument("--split", choices=kinds, default=kinds[0], help="global-time: test is what happened last in the whole domain")
+    command.add_argument("--valid-share", type=float, default=0.1, help="of the interactions, with global-time (default 0.1)")
+    command.add_argument("--test-share", type=float, default=0.1, help="of the interactions, with global-time (default 0.1)")
+    command.add_argument("--malformed", type=float, default=0.001, metavar="SHARE", help="of rows that may be left out (default 0.001)")
+    command.add_argument("--memory-gb", type=float, default=4.0, help="for rows; what does not fit is sorted on disk (default 4)")
+    naming = "a plain table's columns, as user=uid item=sku time=ts time_unit=ms title=name image_url=photo"
+    command.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help=naming)
     command.add_argument("--force", action="store_true", help="replace an existing domain")
 
     command = _command(commands, "demo", demo_command, "generated source and target domains with text and pictures", "mmm4rec demo domains")

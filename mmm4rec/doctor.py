@@ -15,7 +15,8 @@ from mmm4rec.models import ssd
 from mmm4rec.run import choose_device
 
 EXTRAS = {
-    "encode": ("scikit-learn", "pillow"),
+    "prepare": ("duckdb", "urllib3", "pillow"),
+    "encode": ("scikit-learn", "pillow", "transformers"),
     "hub": ("huggingface_hub",),
     "postgresql": ("psycopg", "SQLAlchemy"),
     "studies": ("ray", "optuna", "mlflow", "matplotlib", "scipy", "jinja2", "fsspec"),

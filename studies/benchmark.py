@@ -5,7 +5,8 @@ max_len, keeps every array, and is nowhere slowed down on purpose) and against t
 without; evaluation; the loader; memory. Then large catalogues from memory-mapped features, and long histories. On a machine
 with a CUDA GPU, epochs of the published sizes as well. Ratios are taken within one process, in turns; figures are medians.
 With --engine, in place of all these: what a study costs beside its trials (benchmark_engine.py). With --pretrain: what
-pre-training costs (benchmark_pretrain.py). With --tables: what the tables of a large study cost (benchmark_tables.py).
+pre-training costs (benchmark_pretrain.py). With --tables: what the tables of a large study cost (benchmark_tables.py). With
+--prepare: what preparing raw reviews costs (benchmark_prepare.py).
 """
 
 from __future__ import annotations
@@ -73,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(benchmark_pretrain.measure(out, options.sizes, machine("pretrain")))
         return 0
+    if options.prepare:
+        from studies import benchmark_prepare
+
+        print(benchmark_prepare.measure(out, options.ratings, machine("prepare")))
+        return 0
     if options.tables:
         from studies import benchmark_tables
 
@@ -112,6 +118,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sizes", type=int, default=3, choices=(1, 2, 3), help="of the data, with --pretrain; the third needs 25 GB of disk (default: 3)")
     add("--tables", action="store_true", help="measure a large study's tables instead: DIR/benchmark_tables.json and .md")
     add("--runs", type=int, default=2000, metavar="N", help="trials in the store, with --tables (default: 2,000)")
+    add("--prepare", action="store_true", help="measure the preparation of raw reviews instead: DIR/benchmark_prepare.json and .md")
+    add("--ratings", type=int, default=20_000_000, metavar="N", help="in the largest file, with --prepare (default: 20,000,000)")
     add("--only-step", action="store_true", help=argparse.SUPPRESS)
     return result
 

@@ -15,7 +15,14 @@ from mmm4rec.data.domain import Domain
 
 ROOT = Path(__file__).parents[1]
 CORE_LIBRARIES = {"torch", "numpy", "pandas", "pyarrow", "safetensors", "yaml", "tqdm"}
-ENCODE_LIBRARIES = {"sklearn", "PIL", "scipy"}
+EXTRAS = {  # what a file may import besides, inside the function that needs it
+    "demo.py": {"PIL"},
+    "encode.py": {"sklearn", "PIL", "scipy"},
+    "pretrained.py": {"PIL", "transformers", "huggingface_hub"},
+    "images.py": {"PIL", "urllib3"},
+    "stage.py": {"duckdb"},
+    "hub.py": {"huggingface_hub"},
+}
 ROOMS = ("data", "models", "training", "run", "inference", "__main__")  # each may import what stands before it
 
 
@@ -39,11 +46,7 @@ def test_rooms_import_downward_only() -> None:
 
 def test_core_imports_core_libraries_only() -> None:
     for file in sorted((ROOT / "mmm4rec").rglob("*.py")):
-        allowed = CORE_LIBRARIES | sys.stdlib_module_names | {"mmm4rec"}
-        if file.name in ("demo.py", "encode.py"):
-            allowed |= ENCODE_LIBRARIES
-        if file.name == "hub.py":
-            allowed |= {"huggingface_hub"}
+        allowed = CORE_LIBRARIES | sys.stdlib_module_names | {"mmm4rec"} | EXTRAS.get(file.name, set())
         outside = {name.split(".")[0] for name in imports_of(file)} - allowed
         assert not outside, f"{file} imports {outside}"
 
@@ -51,7 +54,7 @@ def test_core_imports_core_libraries_only() -> None:
 @pytest.mark.slow
 def test_training_runs_where_no_extra_is_installed(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
     domain = make_domain()
-    hidden = ["ray", "mlflow", "optuna", "matplotlib", "huggingface_hub", *ENCODE_LIBRARIES]
+    hidden = ["ray", "mlflow", "optuna", "matplotlib", *sorted(set().union(*EXTRAS.values()))]
     sets = [f"model.{key}={value}" for key, value in TINY_MODEL.items()]
     arguments = ["train", "--domain", str(domain.path), "--out", str(tmp_path / "run"), "--epochs", "1", "--set", *sets]
     script = f"import sys; sys.modules.update(dict.fromkeys({hidden})); from mmm4rec.__main__ import main; sys.exit(main({arguments}))"

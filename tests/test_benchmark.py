@@ -104,9 +104,9 @@ def test_pre_training_is_measured_on_a_domain_as_any_other(tmp_path: Path, monke
     assert found["examples"] == 9 * (400 - 20)
     assert found["peak_bytes"] > found["before_bytes"] > 0
     assert found["file_bytes"] > 4_000 * (4 + 8) + 2 * 200 * 32 * 2
-    rates = {"interactions_per_second": 100.0, "low": 90.0, "high": 110.0, "peak_memory_bytes": 10**9}
-    both = {1: rates, 2: rates | {"interactions_per_second": 150.0}}
+    rates = {"batch_size": 256, "workers": 1, "interactions_per_second": 100.0, "low": 90.0, "high": 110.0, "peak_memory_bytes": 10**9}
+    both = [rates, rates | {"workers": 2, "interactions_per_second": 150.0}]
     machine = {"name": "x", "cores": 2, "torch": "2", "code_version": "1"}
     text = pretraining.table({"machine": machine, "memory": [{"interactions": 4_000, "items": 200, **found}], "throughput": both})
     assert "| 4,000 | 200 |" in text
-    assert "| 2 | 150 (90 to 110) | 75 | 75% | 1.00 GB |" in text
+    assert "| 256 | 2 | 150 (90 to 110) | 75 | 75% | 1.00 GB |" in text

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mmm4rec.data import strict
+from mmm4rec.data import stage, strict
 from mmm4rec.data.domain import open_domain
 from mmm4rec.data.features import MODALITIES, open_features
-from mmm4rec.data.prepare import count_ties, k_core_mask, prepare
-from mmm4rec.data.reviews import item_text, plain_text
+from mmm4rec.data.prepare import PrepareConfig, prepare
+from mmm4rec.data.reviews.items import item_text, plain_text
+from mmm4rec.data.stage import count_ties, k_core_mask
 from mmm4rec.errors import BadInput
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -112,7 +113,7 @@ def test_the_order_of_the_raw_rows_and_their_format_change_nothing(tmp_path: Pat
 
 def test_rows_go_by_time_then_item_id_and_only_equal_rows_are_dropped(tmp_path: Path) -> None:
     rows = [("u", "c", 5), ("u", "b", 5), ("u", "a", 9), ("u", "b", 5), ("u", "b", 7), ("t", "c", 1)]
-    domain = prepare(write_amazon(tmp_path / "raw", rows), tmp_path / "out", k_core=1, name="mine")
+    domain = prepare(write_amazon(tmp_path / "raw", rows), tmp_path / "out", PrepareConfig(k_core=1), name="mine")
     assert sequences_of(tmp_path / "out") == [[3], [2, 3, 2, 1]]  # users t, u; items a, b, c
     assert domain.timestamps is not None
     assert domain.timestamps.tolist() == [1, 5, 5, 7, 9]
@@ -121,18 +122,18 @@ def test_rows_go_by_time_then_item_id_and_only_equal_rows_are_dropped(tmp_path: 
     assert domain.info["provenance"]["duplicates_dropped"] == 1
 
 
-def test_ties_are_counted_by_hand() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5, 100])
+def test_ties_are_counted_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # user 0 ties in the middle, 1 at the end, 2 twice (three equal times), 3 never, 4 has one row; equal times across users are none.
     user = np.array([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 4])
     time = np.array([1, 2, 2, 3, 4, 4, 5, 5, 5, 6, 7, 7])
-    shuffled = np.random.default_rng(0).permutation(len(user))
-    counted = count_ties(user[shuffled], time[shuffled])
-    assert counted == {"users": 5, "users_with_tied_times": 3, "users_with_tied_last": 2}
+    monkeypatch.setattr(stage, "ROWS_AT_ONCE", at_once)
+    assert count_ties(user, time) == {"users": 5, "users_with_tied_times": 3, "users_with_tied_last": 2}
 
 
 def test_a_repeated_row_is_no_tie_and_two_items_of_one_day_are(tmp_path: Path) -> None:
     rows = [("u", "a", DAY), ("u", "a", DAY), ("v", "a", 0), ("v", "b", DAY), ("v", "c", DAY)]
-    provenance = prepare(write_amazon(tmp_path / "raw", rows), tmp_path / "out", k_core=1).info["provenance"]
+    provenance = prepare(write_amazon(tmp_path / "raw", rows), tmp_path / "out", PrepareConfig(k_core=1)).info["provenance"]
     assert provenance["ties"] == {"users": 2, "users_with_tied_times": 1, "users_with_tied_last": 1}
     assert provenance["whole_day_times"] == 4
 
@@ -324,8 +325,8 @@ def unknown_format(tmp_path: Path) -> Path:
 
 CSV, REVIEWS, META = "Toys.csv", "Toys_5.json.gz", "meta_Toys.json.gz"
 BAD_INPUTS: list[tuple[str, Callable[[Path], Path], list[str]]] = [
-    ("no source", lambda tmp_path: tmp_path / "raw", ["raw: does not exist", "Give a UniSRec"]),
-    ("unknown format", unknown_format, ["raw: is of an unknown format", "Give a UniSRec"]),
+    ("no source", lambda tmp_path: tmp_path / "raw", ["raw: does not exist", "Give a folder"]),
+    ("unknown format", unknown_format, ["raw: is of an unknown format", "Give a folder"]),
     ("two domains", two_domains, ["raw: holds several domains: Games, Toys"]),
     ("no metadata", no_metadata, ["meta_Toys.json.gz: is missing", "beside Toys.csv"]),
     ("a field too few", amazon_with(CSV, 3, "i2,u0,5.0"), ["Toys.csv:3: has 3 fields; a row has 4", "Correct the row"]),

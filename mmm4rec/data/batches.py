@@ -151,7 +151,7 @@ def make_batch(
     lengths = np.minimum(ends, max_len)
     offsets = domain.offsets[users]
     first = offsets + ends - lengths  # [B] row of the first input
-    items, packing = pack(domain.items[_ranges(first, lengths)], lengths)
+    items, packing = pack(domain.items[ranges(first, lengths)], lengths)
     targets = domain.items[offsets + ends] if with_targets else np.zeros(len(users))
     gaps, timed = None, np.arange(max_len) < lengths[:, None]  # [B, T]
     if time and domain.timestamps is not None:
@@ -174,7 +174,7 @@ def pack(items: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Packing]:
     """Histories, one behind the other in `items`, with their lengths [B] >= 1 -> windows of items [W, Q] and their packing."""
     Q = int(lengths.max(initial=1))
     starts, W = fit_into_windows(lengths, Q)
-    places = _ranges(starts, lengths)  # [total] of W * Q
+    places = ranges(starts, lengths)  # [total] of W * Q
     windows, positions, examples = np.zeros(W * Q, dtype=np.int64), np.full(W * Q, -1), np.zeros(W * Q, dtype=np.int64)
     windows[places] = items
     positions[places] = places - np.repeat(starts, lengths)
@@ -211,7 +211,7 @@ def fit_into_windows(lengths: np.ndarray, window: int) -> tuple[np.ndarray, int]
     return starts, windows
 
 
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """start, start + 1, ... of every range, one behind the other: [sum of lengths]."""
     return np.arange(lengths.sum()) + np.repeat(starts - np.cumsum(lengths) + lengths, lengths)
 
@@ -251,7 +251,7 @@ class DomainData:
         """With `mask_seen`, put -inf into scores [B, n] of the items from `first` on for the items of each history, all of it."""
         if self.mask_seen:
             rows = torch.from_numpy(np.repeat(np.arange(len(users)), ends))
-            seen = torch.from_numpy(self.domain.items[_ranges(self.domain.offsets[users], ends)].astype(np.int64)) - first
+            seen = torch.from_numpy(self.domain.items[ranges(self.domain.offsets[users], ends)].astype(np.int64)) - first
             here = (seen >= 0) & (seen < scores.shape[1])
             scores[rows[here], seen[here]] = -torch.inf
 

@@ -6,13 +6,15 @@ A domain is a folder:
     offsets.npy       int64 [U + 1]; user u's interactions are rows offsets[u] .. offsets[u + 1] - 1
     items.npy         int32 [N]; item numbers 1..I in time order (0 is padding and never stored)
     timestamps.npy    int64 [N], unix seconds; absent when the source has no times
-    items.parquet     a row an item, row i - 1 is item i: `item` (the source's id), `text`, `image`
+    cuts.npy          int64 [U, 2]; with a global-time split: a user's interactions before the validation's time, before the test's
+    items.parquet     a row an item, row i - 1 is item i: `item` (the source's id), `text`, `image`, `image_url`
     users.parquet     a row a user: `user` (the source's id)
     features/         one table a modality, written by `features.py`
 
 Prefixes are never stored: an example is (user, end), its input is interactions[:end] and its target
-is interactions[end]. With leave-one-out, a user of n interactions has the test example end = n - 1,
-the validation example end = n - 2 and the training examples end = 1 .. n - 3.
+is interactions[end]. The split says how many of a user's n interactions come before validation and before test:
+n - 2 and n - 1 with leave-one-out, `cuts` with global-time. Training examples are all targets before validation, the
+validation example is the last one before test, the test example the last of all, where it comes after the one before it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import pandas as pd
 from mmm4rec.errors import BadInput
 
 SCHEMA_VERSION = 1
-SPLIT_RULE = "leave-one-out"
+LEAVE_ONE_OUT = "leave-one-out"
 
 Split = Literal["train", "valid", "test", "all"]
 
@@ -69,6 +71,7 @@ class Domain:
     offsets: np.ndarray  # [U + 1] int64
     items: np.ndarray  # [N] int32, 1..I
     timestamps: np.ndarray | None  # [N] int64 unix seconds
+    cuts: np.ndarray | None = None  # [U, 2] int64, with a global-time split
 
     @property
     def name(self) -> str:
@@ -87,8 +90,16 @@ class Domain:
         return int(self.info["items"])
 
     def item_table(self) -> pd.DataFrame:
-        """The items, row i - 1 for item i: columns `item`, `text`, `image` (a path inside the domain or null)."""
-        return pd.read_parquet(self.path / "items.parquet")
+        """The items, row i - 1 for item i: `item`, `text`, `image` (a path inside the domain or null), `image_url` (or null)."""
+        table = pd.read_parquet(self.path / "items.parquet")
+        return table if "image_url" in table else table.assign(image_url=None)
+
+    def before(self, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many of these users' interactions come before validation, and before test: [n] int64 each."""
+        if self.cuts is not None:
+            return self.cuts[users, 0], self.cuts[users, 1]
+        lengths = self.offsets[users + 1] - self.offsets[users]
+        return lengths - 2, lengths - 1
 
     def examples(self, split: Split, users: np.ndarray | None = None) -> Examples:
         """The examples of a split: `all` holds every one, the targets of validation and test included (pre-training).
@@ -96,13 +107,15 @@ class Domain:
         `users` restricts them to these users.
         """
         chosen = np.arange(self.n_users) if users is None else np.asarray(users, dtype=np.int64)
-        lengths = np.diff(self.offsets)[chosen]
+        before_valid, before_test = self.before(chosen)
+        lengths = self.offsets[chosen + 1] - self.offsets[chosen]
         if split in ("valid", "test"):
-            first_ends = lengths - (2 if split == "valid" else 1)
-            counts = (first_ends >= 1).astype(np.int64)
+            starts, stops = (before_valid, before_test) if split == "valid" else (before_test, lengths)
+            first_ends = stops - 1
+            counts = ((first_ends >= 1) & (stops > starts)).astype(np.int64)
         else:
             first_ends = np.ones_like(chosen)
-            counts = np.maximum(lengths - (1 if split == "all" else 3), 0)
+            counts = np.maximum((lengths if split == "all" else before_valid) - 1, 0)
         kept = counts > 0
         return Examples(chosen[kept], first_ends[kept], np.cumsum(counts[kept]))
 
@@ -130,12 +143,15 @@ def open_domain(path: str | Path) -> Domain:
         items = np.load(path / "items.npy", mmap_mode="r", allow_pickle=False)
         times = path / "timestamps.npy"
         timestamps = np.load(times, mmap_mode="r", allow_pickle=False) if info["has_timestamps"] else None
+        cuts = None if info["split"] == LEAVE_ONE_OUT else np.load(path / "cuts.npy", mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"is damaged ({error}).", file=path, remedy="Run mmm4rec prepare again.") from error
     lengths = {len(items), int(offsets[-1]), info["interactions"]} | (set() if timestamps is None else {len(timestamps)})
     if len(lengths) != 1:
         raise BadInput(f"is damaged: its arrays hold {sorted(lengths)} interactions.", file=path, remedy="Run mmm4rec prepare again.")
-    return Domain(path, info, offsets, items, timestamps)
+    if cuts is not None and len(cuts) != len(offsets) - 1:
+        raise BadInput(f"is damaged: it has cuts for {len(cuts)} users.", file=path, remedy="Run mmm4rec prepare again.")
+    return Domain(path, info, offsets, items, timestamps, cuts)
 
 
 def write_domain(
@@ -149,6 +165,8 @@ def write_domain(
     user_ids: list[str],
     tie_break: str,
     provenance: dict[str, Any],
+    split: str = LEAVE_ONE_OUT,
+    cuts: np.ndarray | None = None,
     extra: Callable[[Path, str], None] | None = None,
     force: bool = False,
 ) -> Domain:
@@ -156,10 +174,11 @@ def write_domain(
 
     Args:
         offsets, items, timestamps: as in the module's text.
-        item_table: `item` (str, unique), `text` (str), `image` (str or None), I rows in item order.
+        item_table: `item` (str, unique), `text` (str), `image` and, where there are, `image_url` (str or None); I rows in item order.
         user_ids: the source's user ids, U of them.
         tie_break: the rule that orders interactions of equal time.
         provenance: counts and settings of the preparation (rows read, dropped, tied, k-core, ...).
+        split, cuts: the split's rule, in words and, with a global-time split, as numbers.
         extra: called with the unfinished folder and the fingerprint, to write features or pictures too.
         force: replace an existing domain.
     Raises BadInput when `out` exists and `force` is off.
@@ -171,9 +190,9 @@ def write_domain(
         "items": len(item_table),
         "interactions": len(items),
         "has_timestamps": timestamps is not None,
-        "split": SPLIT_RULE,
+        "split": split,
         "tie_break": tie_break,
-        "fingerprint": fingerprint(offsets, items, timestamps, item_table["item"].tolist(), user_ids, tie_break),
+        "fingerprint": fingerprint(offsets, items, timestamps, item_table["item"].tolist(), user_ids, tie_break, split),
         "provenance": provenance,
     }
     with new_folder(out, force=force) as folder:
@@ -181,7 +200,10 @@ def write_domain(
         np.save(folder / "items.npy", np.asarray(items, dtype=np.int32))
         if timestamps is not None:
             np.save(folder / "timestamps.npy", np.asarray(timestamps, dtype=np.int64))
-        item_table[["item", "text", "image"]].to_parquet(folder / "items.parquet", index=False)
+        if cuts is not None:
+            np.save(folder / "cuts.npy", np.asarray(cuts, dtype=np.int64))
+        columns = [name for name in ("item", "text", "image", "image_url") if name in item_table]
+        item_table[columns].to_parquet(folder / "items.parquet", index=False)
         pd.DataFrame({"user": user_ids}).to_parquet(folder / "users.parquet", index=False)
         if extra is not None:
             extra(folder, str(info["fingerprint"]))
@@ -196,14 +218,16 @@ def fingerprint(
     item_ids: list[str],
     user_ids: list[str],
     tie_break: str,
+    split: str = LEAVE_ONE_OUT,
 ) -> str:
     """Hash of all that decides what a number on this domain means: rows, order, ids, split, tie-break."""
     digest = hashlib.sha256()
-    for text in (SPLIT_RULE, tie_break, *item_ids, "users", *user_ids):
+    for text in (split, tie_break, *item_ids, "users", *user_ids):
         digest.update(text.encode() + b"\0")
-    digest.update(np.asarray(offsets, dtype="<i8").tobytes())
-    digest.update(np.asarray(items, dtype="<i4").tobytes())
-    digest.update(b"" if timestamps is None else np.asarray(timestamps, dtype="<i8").tobytes())
+    arrays = ((offsets, "<i8"), (items, "<i4"), (timestamps, "<i8"))
+    for array, dtype in arrays:
+        if array is not None:
+            digest.update(np.ascontiguousarray(array, dtype=dtype).data)
     return digest.hexdigest()[:16]
 
 
