@@ -1,4 +1,4 @@
-"""The command line: mmm4rec prepare | demo | encode | train | evaluate | recommend | import-published | doctor."""
+"""The command line: mmm4rec prepare | demo | images | encode | train | evaluate | recommend | import-published | doctor."""
 
 from __future__ import annotations
 
@@ -42,13 +42,42 @@ def demo_command(args: argparse.Namespace) -> None:
 
 
 def encode_command(args: argparse.Namespace) -> None:
-    from mmm4rec.data.encode import encode_domains
+    from mmm4rec.data.encode import encode_domains, is_own
 
+    if not is_own(args.encoder):
+        _encode_pretrained(args)
+        return
     domains = encode_domains(
         args.domain, encoder=args.encoder, fit_on=args.fit_on, save=args.save, dimensions=args.dimensions, force=args.force
     )
     for domain in domains:
         print(f"{domain.path}: encoded {domain.n_items:,} items with {args.encoder}")
+
+
+def _encode_pretrained(args: argparse.Namespace) -> None:
+    from mmm4rec.data.parts import encode_pretrained
+    from mmm4rec.data.pretrained import PretrainedConfig
+
+    if args.fit_on or args.save is not None:
+        raise BadInput(
+            "is a pre-trained encoder, which is not fitted or saved.", file=args.encoder, remedy="Leave --fit-on and --save out."
+        )
+    try:
+        config = PretrainedConfig(args.encoder, args.revision, args.pooling, args.device, args.batch_size)
+    except ValueError as error:
+        raise BadInput(str(error), remedy="Correct the flag.") from error
+    for work in encode_pretrained(args.domain, config, args.modality, force=args.force):
+        print(f"{work.domain.path}: {work.modality} features by {work.encoder}")
+
+
+def images_command(args: argparse.Namespace) -> None:
+    from mmm4rec.data.images import ImagesConfig, fetch_images, take_images
+
+    try:
+        config = ImagesConfig(args.connections, args.retries, args.timeout, args.deadline, args.most_mb, args.side, args.private)
+    except ValueError as error:
+        raise BadInput(str(error), remedy="Correct the flag.") from error
+    _print(fetch_images(args.domain, config) if args.source is None else take_images(args.domain, args.source, config))
 
 
 def train_command(args: argparse.Namespace) -> None:
@@ -218,11 +247,37 @@ def _parser() -> argparse.ArgumentParser:
     example = "mmm4rec encode domains/industrial --encoder lexical --fit-on domains/office"
     command = _command(commands, "encode", encode_command, "item texts or pictures -> features", example)
     command.add_argument("domain", type=Path, nargs="+")
-    command.add_argument("--encoder", default="lexical", help="lexical (text), pixel (pictures), or a folder made by --save")
+    command.add_argument(
+        "--encoder",
+        default="lexical",
+        help="lexical (text), pixel (pictures), a folder made by --save, or a transformers model: folder or hub name",
+    )
     command.add_argument("--fit-on", type=Path, nargs="+", default=[], metavar="DOMAIN", help="source domains to fit the encoder on")
     command.add_argument("--save", type=Path, metavar="DIR", help="keep the fitted encoder")
-    command.add_argument("--dimensions", type=int, default=256)
+    command.add_argument("--dimensions", type=int, default=256, help="of lexical or pixel vectors (default 256)")
+    command.add_argument("--revision", help="commit, branch or tag of a hub's encoder; without one, today's is told and used")
+    command.add_argument(
+        "--modality", nargs="+", choices=("text", "image"), default=[], help="of a pre-trained encoder (default: all it can)"
+    )
+    command.add_argument("--pooling", default="auto", help="of a text encoder: mean, cls, pooler, or auto: as its own files say, else mean")
+    command.add_argument("--device", default="auto", help="of a pre-trained encoder: auto, cpu, cuda")
+    command.add_argument("--batch-size", type=_positive, default=64, help="texts or pictures at once, pre-trained (default 64)")
     command.add_argument("--force", action="store_true", help="replace the domain's features")
+
+    command = _command(commands, "images", images_command, "the items' pictures, fetched or taken", "mmm4rec images domains/Toys")
+    command.description = (
+        "Fetch the items' pictures from the addresses in the metadata, or take them from a folder; what was fetched already is not "
+        "fetched again, and images/missing.csv says what is missing and why. Addresses inside private networks are refused."
+    )
+    command.add_argument("domain", type=Path)
+    command.add_argument("--from", type=Path, dest="source", metavar="DIR", help="take DIR/ITEM_ID.jpg (.png, .webp, ...) instead")
+    command.add_argument("--connections", type=_positive, default=16, help="pictures at once (default 16)")
+    command.add_argument("--retries", type=int, default=3, help="of a failed request (default 3)")
+    command.add_argument("--timeout", type=float, default=10.0, metavar="SECONDS", help="without a byte (default 10)")
+    command.add_argument("--deadline", type=float, default=60.0, metavar="SECONDS", help="for one picture (default 60)")
+    command.add_argument("--most-mb", type=float, default=10.0, help="size limit of a picture (default 10)")
+    command.add_argument("--side", type=_positive, default=512, metavar="PIXELS", help="larger pictures are made smaller (default 512)")
+    command.add_argument("--private", action="store_true", help="allow addresses of private networks and of this machine")
 
     example = "mmm4rec train --domain domains/Scientific --out runs/a --seed 1 --set model.width=128 training.learning_rate=3e-4"
     command = _command(commands, "train", train_command, "train a model on a domain, or pre-train on several", example)

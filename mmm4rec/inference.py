@@ -42,7 +42,8 @@ def open_model(
     config = from_dict(RunConfig, metadata["config"], source=str(model_file))
     config = replace(config, model=replace(config.model, scan="auto"))  # it was trained with what its machine had
     domain, chosen = open_domain(domain_folder), choose_device(device)
-    features = load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features)
+    told = config.data
+    features = load_features(domain, config.model.streams, shuffle_seed=told.shuffle_features, damage=told.damage)
     per_item = config.model.ids or config.model.fusion == "dynamic_instance" or config.recommender == "popularity"
     if per_item and domain.fingerprint not in metadata["fingerprints"].values():
         known = ", ".join(f"'{name}' ({mark})" for name, mark in metadata["fingerprints"].items()) or "a domain that it does not name"

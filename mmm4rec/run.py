@@ -14,7 +14,7 @@ import torch
 from mmm4rec.config import to_dict
 from mmm4rec.data.batches import DomainData, TimeView
 from mmm4rec.data.domain import Domain, Examples, open_domain
-from mmm4rec.data.features import ItemFeatures, Modality, load_features
+from mmm4rec.data.features import Damage, ItemFeatures, Modality, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
@@ -34,6 +34,7 @@ class DataConfig:
     domains: tuple[str, ...]  # folders: one for fine-tuning, several for pre-training
     examples: Literal["train", "all"] = "train"  # all: validation and test targets too, for pre-training on sources
     heldout_users: float = 0.05  # with `all`: the share of users kept out of training; their last item is the validation
+    damage: Damage = field(default_factory=Damage)  # for stress tests (studies/robustness.py)
     shuffle_features: int | None = None  # seed that deals the features out anew among the items: a control
     most_heldout_users: int = 10_000  # at most so many
     zero_shot: tuple[str, ...] = ()  # folders of domains whose validation examples are ranked after every epoch, and not trained on
@@ -85,7 +86,8 @@ def assemble(config: RunConfig) -> Assembled:
     device = choose_device(config.device)
     if config.model.scan == "triton" and (problem := why_no_kernel(device, torch.float32)):
         raise BadInput(f"model.scan=triton {problem}.", remedy="Or use model.scan=auto.")
-    features = [load_features(domain, config.model.streams, shuffle_seed=config.data.shuffle_features).to(device) for domain in domains]
+    shuffle, damage = config.data.shuffle_features, config.data.damage
+    features = [load_features(domain, config.model.streams, shuffle_seed=shuffle, damage=damage).to(device) for domain in domains]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     torch.manual_seed(config.seed)

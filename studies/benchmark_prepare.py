@@ -78,18 +78,19 @@ def generate(folder: Path, rows: int, users: int, items: int) -> dict[str, Any]:
                 pa.array(["1.0", "2.0", "3.0", "4.0", "5.0"]).take(pa.array(random.integers(0, 5, count))),
                 pa.array(random.integers(14_600, 17_800, count) * DAY).cast(pa.string()),
             ]
-            file.write_batch(pa.record_batch(columns, names=["item", "user", "rating", "time"]))
+            file.write_table(pa.table(columns, names=["item", "user", "rating", "time"]))
     write_metadata(folder / "meta_Shop.json.gz", names["item"].to_pylist(), random)
     return {}
 
 
-def spelled(random: np.random.Generator, count: int, start: bytes, letters: int) -> pa.Array:
+def spelled(random: np.random.Generator, count: int, start: bytes, letters: int) -> pa.ChunkedArray:
     """So many ids, all different, in no order."""
     number, digits = random.permutation(count), np.empty((count, len(start) + letters), dtype=np.uint8)
     digits[:, : len(start)] = np.frombuffer(start, dtype=np.uint8)
     for place in range(letters):
         digits[:, -1 - place] = LETTERS[(number // 36**place) % 36]
-    return pa.array(digits.view(f"S{len(start) + letters}").ravel().astype(str))
+    ids = pa.array(digits.view(f"S{len(start) + letters}").ravel().astype(str))
+    return ids if isinstance(ids, pa.ChunkedArray) else pa.chunked_array([ids])
 
 
 def write_metadata(file: Path, items: list[str], random: np.random.Generator) -> None:

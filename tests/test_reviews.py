@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-
-pytest.importorskip("duckdb", reason="raw reviews are prepared with mmm4rec[prepare]")
+from raw_files import DAY, FORMATS, ROWS, lines, text, write
+from raw_files import image as image_of
 
 from mmm4rec.data import reviews, stage, strict
 from mmm4rec.data.domain import open_domain
@@ -24,8 +24,8 @@ from mmm4rec.data.stage import earliest_from
 from mmm4rec.data.strict import Faults, read_columns
 from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.popularity import Popularity
-from raw_files import DAY, FORMATS, ROWS, lines, text, write
-from raw_files import image as image_of
+
+pytest.importorskip("duckdb", reason="raw reviews are prepared with mmm4rec[prepare]")
 
 FUZZED = int(os.environ.get("MMM4REC_FUZZ", "300"))
 KEPT = ROWS[:36]

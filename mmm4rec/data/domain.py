@@ -27,6 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -209,6 +210,13 @@ def write_domain(
             extra(folder, str(info["fingerprint"]))
         (folder / "domain.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return open_domain(out)
+
+
+def set_images(domain: Domain, images: list[str | None]) -> None:
+    """Say which picture each item has: a path inside the domain's folder, or None; I of them, in item order."""
+    table, content = domain.item_table().assign(image=pd.array(images, dtype=object)), BytesIO()
+    table.to_parquet(content, index=False)
+    write_atomically(domain.path / "items.parquet", content.getvalue())
 
 
 def fingerprint(

@@ -135,21 +135,33 @@ def fit_pixel_image(pictures: Sequence[Path | None], dimensions: int) -> PixelIm
 def read_pictures(pictures: Sequence[Path | None]) -> tuple[np.ndarray, np.ndarray]:
     """Pixels [n, P] float32 in 0..1, and readable [n] bool: a picture that is missing or damaged is a row of zeros."""
     with encode_extra():
-        from PIL import Image
+        from PIL.Image import Resampling
     pixels = np.zeros((len(pictures), SIDE_PIXELS * SIDE_PIXELS * 3), dtype=np.float32)
     readable = np.zeros(len(pictures), dtype=bool)
     for row, picture in enumerate(pictures):
-        if picture is None:
-            continue
-        try:
-            with Image.open(picture) as image:
-                small = image.convert("RGB").resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            log.warning("%s cannot be read and counts as absent (%s).", picture, error)
-            continue
-        pixels[row] = np.asarray(small, dtype=np.float32).ravel() / 255
-        readable[row] = True
+        image = None if picture is None else open_picture(picture)
+        if image is not None:
+            small = image.resize((SIDE_PIXELS, SIDE_PIXELS), Resampling.BILINEAR)
+            pixels[row] = np.asarray(small, dtype=np.float32).ravel() / 255
+            readable[row] = True
     return pixels, readable
+
+
+def open_picture(picture: Path) -> Any | None:
+    """A PIL picture in RGB; None, and a warning, where it is missing or damaged."""
+    with encode_extra():
+        from PIL import Image
+    try:
+        with Image.open(picture) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        log.warning("%s cannot be read and counts as absent (%s).", picture, error)
+        return None
+
+
+def is_own(encoder: str) -> bool:
+    """Whether this names an encoder of this module, fitted or to be fitted, and not a pre-trained one (pretrained.py)."""
+    return encoder in (LexicalTextEncoder.kind, PixelImageEncoder.kind) or (Path(encoder) / "encoder.json").is_file()
 
 
 def load_encoder(folder: str | Path) -> Encoder:

@@ -31,6 +31,26 @@ BLOCK_ITEMS = {"cpu": 8_192, "cuda": 131_072}  # of a larger one
 
 
 @dataclass(frozen=True)
+class Damage:
+    """What a stress test does to a domain's features. Every item has its lot, so that a larger share spoils the smaller one's items too."""
+
+    drop_text: float = 0.0  # the share of the items that have no such feature any more
+    drop_image: float = 0.0
+    corrupt_text: float = 0.0  # the share of the items that get the feature of another one of them
+    corrupt_image: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("drop_text", "drop_image", "corrupt_text", "corrupt_image"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+
+    def of(self, modality: Modality) -> tuple[float, float]:
+        """The shares dropped and corrupted."""
+        return (self.drop_text, self.corrupt_text) if modality == "text" else (self.drop_image, self.corrupt_image)
+
+
+@dataclass(frozen=True)
 class FeatureTable:
     """The features of one modality of one domain."""
 
@@ -49,6 +69,21 @@ class FeatureTable:
         order = np.random.default_rng(seed).permutation(len(self.vectors))
         return replace(self, vectors=self.vectors[order], present=self.present[order], digest=f"{self.digest}-shuffled{seed}")
 
+    def damaged(self, damage: Damage) -> FeatureTable:
+        """The table after a stress test's damage; the same one where there is none."""
+        drop, corrupt = damage.of(self.modality)
+        if not drop and not corrupt:
+            return self
+        random = np.random.default_rng([damage.seed, MODALITIES.index(self.modality)])
+        lots = random.permutation(len(self.vectors)) / len(self.vectors)  # [I], an item is spoilt where its lot is below the share
+        spoilt = np.flatnonzero((lots < corrupt) & self.present)
+        giver = np.arange(len(self.vectors))
+        circle = random.permutation(spoilt)  # each gets the feature of the next one
+        giver[circle] = np.roll(circle, 1)
+        present = self.present & ~(lots < drop)
+        vectors = np.where(present[:, None], self.vectors[giver], np.zeros((), dtype=self.vectors.dtype))
+        return replace(self, vectors=vectors, present=present, digest=f"{self.digest}-drop{drop}-corrupt{corrupt}-{damage.seed}")
+
 
 def save_table(
     folder: Path, modality: Modality, vectors: np.ndarray, present: np.ndarray, *, encoder: str, domain_fingerprint: str, source: str | Path
@@ -62,7 +97,18 @@ def save_table(
     finite = np.isfinite(vectors).all(axis=1) | ~present
     if not finite.all():
         raise BadInput(f"row {int(np.argmin(finite))} (counted from 0) is not finite.", file=source, remedy="Encode the items again.")
-    vectors = np.where(present[:, None], vectors, np.zeros((), dtype=vectors.dtype))
+    target = folder / "features"
+    target.mkdir(exist_ok=True)
+    np.save(target / f".{modality}.npy", np.where(present[:, None], vectors, np.zeros((), dtype=vectors.dtype)))
+    publish_table(folder, modality, present, encoder=encoder, domain_fingerprint=domain_fingerprint)
+
+
+def publish_table(folder: Path, modality: Modality, present: np.ndarray, *, encoder: str, domain_fingerprint: str) -> None:
+    """Make `features/.MODALITY.npy`, already written, with rows of zeros where absent, the domain's table of a modality."""
+    target = folder / "features"
+    vectors = np.load(target / f".{modality}.npy", mmap_mode="r", allow_pickle=False)
+    digest = hashlib.sha256(vectors.data)
+    digest.update(present.tobytes())
     info = {
         "schema_version": 1,
         "encoder": encoder,
@@ -70,14 +116,11 @@ def save_table(
         "items": len(vectors),
         "present": int(present.sum()),
         "domain_fingerprint": domain_fingerprint,
-        "digest": hashlib.sha256(np.ascontiguousarray(vectors).tobytes() + present.tobytes()).hexdigest()[:16],
+        "digest": digest.hexdigest()[:16],
     }
-    target = folder / "features"
-    target.mkdir(exist_ok=True)
-    contents = {f"{modality}.npy": vectors, f"{modality}.present.npy": present.astype(bool)}
+    np.save(target / f".{modality}.present.npy", present.astype(bool))
     (target / f"{modality}.json").unlink(missing_ok=True)
-    for name, array in contents.items():
-        np.save(target / f".{name}", array)
+    for name in (f"{modality}.npy", f"{modality}.present.npy"):
         (target / f".{name}").replace(target / name)
     part = target / f".{modality}.json"
     part.write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
@@ -179,9 +222,13 @@ class ItemFeatures:
         return replace(self, vectors=vectors, present={modality: part.to(device) for modality, part in self.present.items()})
 
 
-def load_features(domain: Domain, modalities: Sequence[Modality], *, shuffle_seed: int | None = None) -> ItemFeatures:
+def load_features(
+    domain: Domain, modalities: Sequence[Modality], *, shuffle_seed: int | None = None, damage: Damage | None = None
+) -> ItemFeatures:
     """The domain's tables of these modalities as tensors; `shuffle_seed` deals their rows out anew among the items."""
     tables = [table for table in (open_features(domain, modality) for modality in modalities) if table is not None]
+    if damage is not None:
+        tables = [table.damaged(damage) for table in tables]
     if shuffle_seed is not None:
         tables = [table.shuffled(shuffle_seed) for table in tables]
     in_memory = domain.n_items < ITEMS_AT_ONCE

@@ -49,6 +49,7 @@ class ModelConfig:
     max_len: int = 20
     dropout: float = 0.4
     modalities: Literal["both", "text", "image"] = "both"
+    missing: Literal["learned", "zero", "other"] = "learned"  # an item without a modality: that one's learned vector, 0, or the other's own
     ids: bool = True  # a learned vector an item and modality, added to its projected features
     time: bool = True
     time_encoding: Literal["log", "masked_norm", "layer_norm"] = "log"  # of the gaps; layer_norm is the published one
@@ -262,19 +263,36 @@ class MMM4Rec(HubModel, Recommender):
         return Catalogue(inputs, unit[0] * weights[..., :1] + unit[1] * weights[..., 1:])
 
     def _item_inputs(self, stream: Modality, features: ItemFeatures, ids: Tensor | slice | None) -> Tensor:
-        """[n, D]: projected features, or the learned vector where there are none, and the item's own vector."""
+        """[n, D]: projected features, or what stands for them where there are none, and the item's own vector."""
         if stream in features.vectors and stream in self.adapters:
             raw, present = features.rows(stream, ids)  # [n, F], 0 where absent, and [n]
             if self.config.quirks.padding_class:  # the release's padding is an item whose features are zero
                 present = present | (features.numbers(ids, raw.device) == 0)
-            adapter, missing = self.adapters[stream], self.missing[stream]
+            adapter, missing = self.adapters[stream], self._learned_missing(stream)
             assert isinstance(adapter, nn.Linear)
             known = torch.stack((present, ~present), dim=1).to(raw.dtype)  # [n, 2]
             projected = torch.addmm(known @ torch.stack((adapter.bias, missing)), raw, adapter.weight.T)
             vectors = projected.to(raw.dtype)  # what follows is summed in full precision
         else:
-            vectors = self.missing[stream].expand(len(features.numbers(ids)), -1)
+            present, vectors = None, self._learned_missing(stream).expand(len(features.numbers(ids)), -1)
+        if self.config.missing == "other":
+            vectors = self._from_other(stream, features, ids, vectors, present)
         return vectors + rows_of(self.ids[stream], ids) if stream in self.ids else vectors
+
+    def _learned_missing(self, stream: Modality) -> Tensor:
+        """What stands for an absent feature, [D]."""
+        return torch.zeros_like(self.missing[stream]) if self.config.missing == "zero" else self.missing[stream]
+
+    def _from_other(
+        self, stream: Modality, features: ItemFeatures, ids: Tensor | slice | None, vectors: Tensor, present: Tensor | None
+    ) -> Tensor:
+        """The vectors [n, D], with the other modality's projection where this one is absent and that one is not."""
+        for other in self.config.streams:
+            if other != stream and other in features.vectors and other in self.adapters:
+                raw, there = features.rows(other, ids)
+                instead = there if present is None else there & ~present
+                vectors = torch.where(instead[:, None], self.adapters[other](raw).to(vectors.dtype), vectors)
+        return vectors
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         """User vectors [B, D] in the batch's order; the batch's items are rows of the catalogue."""
