@@ -67,7 +67,7 @@ def convergence(cells: Sequence[TrackedCell], folder: Path) -> None:
             ncols=min(2 if columns == 1 else 4, len(ordered)),
             frameon=False,
         )
-        _save(figure, folder, "convergence")
+        save_figure(figure, folder, "convergence")
 
 
 def forest(effects: Sequence[Effect], folder: Path) -> None:
@@ -90,7 +90,7 @@ def forest(effects: Sequence[Effect], folder: Path) -> None:
             axis.remove()
         title = f"test NDCG@10 minus that of {effects[0].baseline}: mean and 95 % interval"
         figure.legend(handles=_marks(effects), title=title, loc="outside lower center", ncols=4 if columns > 1 else 2, frameon=False)
-        _save(figure, folder, "effects")
+        save_figure(figure, folder, "effects")
 
 
 def matrix(gains: Sequence[Gain], folder: Path) -> None:
@@ -123,7 +123,7 @@ def matrix(gains: Sequence[Gain], folder: Path) -> None:
         axis.spines[:].set_visible(False)
         axis.set_title("test NDCG@10 over scratch", fontsize=9)
         figure.colorbar(image, label="gain, %")
-        _save(figure, folder, "transfer_matrix")
+        save_figure(figure, folder, "transfer_matrix")
 
 
 def _treatment(gain: Gain) -> str:
@@ -159,7 +159,7 @@ def searched(cells: Sequence[TrackedCell], folder: Path) -> None:
         handles = [Line2D([], [], color=COLOURS[n % len(COLOURS)], marker="o", markersize=4, label=arm) for n, arm in enumerate(arms)]
         handles.append(Line2D([], [], color=UNCLEAR, marker="o", markersize=4, markerfacecolor="white", linestyle="", label="pruned"))
         figure.legend(handles=handles, loc="outside lower center", ncols=min(2 if len(names) == 1 else 4, len(handles)), frameon=False)
-        _save(figure, folder, "sensitivity")
+        save_figure(figure, folder, "sensitivity")
 
 
 def _choices(cells: Sequence[TrackedCell], name: str) -> list[str]:
@@ -228,7 +228,7 @@ def _draw_effects(axis: Axes, effects: Sequence[Effect], arms: Sequence[str]) ->
     axis.set_title(f"{effects[0].domain}\n{effects[0].baseline} {np.mean(effects[0].baseline_ndcg):.4f}", fontsize=9)
 
 
-def _save(figure: Figure, folder: Path, name: str) -> None:
+def save_figure(figure: Figure, folder: Path, name: str) -> None:
     folder.mkdir(exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=150, metadata={"Software": None})
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
