@@ -199,13 +199,17 @@ def _shared_dimensions(features: Sequence[ItemFeatures], domains: Sequence[Domai
 
 
 def check_encoders(metadata: dict[str, Any], features: Sequence[ItemFeatures], domains: Sequence[Domain], source: str | Path) -> None:
-    """Raise BadInput when a domain's features are not of the encoder that the checkpoint was trained on."""
+    """Raise BadInput when a domain's features are not of the encoder and dimension that the checkpoint was trained on."""
     for part, domain in zip(features, domains, strict=True):
         for modality, encoder in part.encoders.items():
             expected = metadata.get("encoders", {}).get(modality, encoder)
-            if encoder != expected:
-                rule = f"was trained on {modality} features of {expected}; domain '{domain.name}' has {encoder}."
-                raise BadInput(rule, file=source, remedy=f"Re-run: mmm4rec encode {domain.path} with that encoder.")
+            dimension = metadata.get("feature_dimensions", {}).get(modality, part.dimensions[modality])
+            if (encoder, part.dimensions[modality]) != (expected, dimension):
+                rule = (
+                    f"was trained on {modality} features of {expected} ({dimension} dimensions); domain '{domain.name}' has {encoder}"
+                    f" ({part.dimensions[modality]})."
+                )
+                raise BadInput(rule, file=source, remedy=f"Re-run: mmm4rec encode {domain.path} --force, with that encoder.")
 
 
 def check_unseen(metadata: dict[str, Any], domains: Sequence[Domain], source: str | Path) -> None:

@@ -38,6 +38,8 @@ SWITCHES: list[dict] = [
     {"cross_activation": "hardswish"},
     {"conv_width": 1},
     {"conv_width": 7},
+    {"missing": "zero"},
+    {"missing": "other"},
     {"quirks": Quirks(scaled_skip=True, tiny_epsilon=True, raw_gap_dropout=True)},
 ]
 
@@ -127,6 +129,30 @@ def test_missing_modality_is_the_learned_vector(make_domain: Callable[..., Domai
     assert not torch.equal(absent_item[6], model.missing["image"])
     only_text = replace(features, vectors={"text": features.vectors["text"]}, present={"text": features.present["text"]})
     torch.testing.assert_close(model.items(only_text).inputs["image"], model.missing["image"].expand(31, -1))
+
+
+@pytest.mark.parametrize("missing", ["zero", "other"])
+def test_what_else_may_stand_for_a_missing_modality(missing: str, make_domain: Callable[..., Domain]) -> None:
+    """Nothing at all, or the projection of the item's other modality; where that is missing too, the learned vector."""
+    domain = make_domain()
+    for modality, absent in (("text", [6]), ("image", [5, 6])):
+        vectors = np.load(domain.path / "features" / f"{modality}.npy")
+        present = ~np.isin(np.arange(1, 31), absent)
+        add_features(domain, modality, vectors, present, encoder=f"random-{modality}", force=True)  # type: ignore[arg-type]
+    model, features = build(domain, ids=False, missing=missing)
+    inputs = model.items(features).inputs
+    learned, zero = build(domain, ids=False)[0].items(features).inputs, torch.zeros_like(inputs["image"][5])
+    text = inputs["text"]
+    expected = {"zero": (zero, zero, zero), "other": (text[5], model.missing["image"], model.missing["text"])}[missing]
+    for found, due in zip((inputs["image"][5], inputs["image"][6], inputs["text"][6]), expected, strict=True):
+        torch.testing.assert_close(found, due)
+    there = [row for row in range(31) if row not in (0, 5, 6)]
+    for modality in ("text", "image"):
+        torch.testing.assert_close(inputs[modality][there], learned[modality][there])
+    only_text = replace(features, vectors={"text": features.vectors["text"]}, present={"text": features.present["text"]})
+    pictureless = model.items(only_text).inputs["image"]
+    torch.testing.assert_close(pictureless[there], zero.expand(28, -1) if missing == "zero" else text[there])
+    assert score(model, features, make_batch(domain, *domain.examples("test"), max_len=8, time=True)).isfinite().all()
 
 
 def test_one_modality_ignores_the_other(make_domain: Callable[..., Domain]) -> None:

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mmm4rec.config import from_dict
 from mmm4rec.data.batches import Batch, DomainData
 from mmm4rec.data.domain import Domain
-from mmm4rec.data.features import ItemFeatures
+from mmm4rec.data.features import ItemFeatures, add_features
 from mmm4rec.data.sampler import Plan
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
@@ -339,7 +339,10 @@ def test_transfer_refuses_other_sizes_and_encoders(make_domain: Callable[..., Do
         assemble(tiny(source, model={"width": 32}, init=checkpoint))
     file = source.path / "features" / "text.json"
     file.write_text(file.read_text().replace("random-text", "another"))
-    with pytest.raises(BadInput, match=r"trained on text features of random-text; domain 'source' has another"):
+    with pytest.raises(BadInput, match=r"trained on text features of random-text \(12 dimensions\); domain 'source' has another \(12\)"):
+        assemble(tiny(source, init=checkpoint))
+    add_features(source, "text", np.ones((30, 5), dtype=np.float32), np.ones(30, dtype=bool), encoder="random-text", force=True)
+    with pytest.raises(BadInput, match=r"random-text \(12 dimensions\); domain 'source' has random-text \(5\)\. Re-run: mmm4rec encode"):
         assemble(tiny(source, init=checkpoint))
 
 
@@ -436,6 +439,31 @@ def test_shuffled_features_are_the_same_rows_of_other_items(make_domain: Callabl
     assert torch.equal(plain.sort(0).values, shuffled.sort(0).values)
     assert not plain[0].any()
     assert not shuffled[0].any()
+
+
+def test_damage_takes_features_away_or_passes_them_on(make_domain: Callable[..., Domain]) -> None:
+    """Dropped items have none; corrupted ones have each other's, none its own; a larger share spoils the smaller one's items too."""
+    domain = make_domain()
+
+    def tables(**damage: float) -> tuple[np.ndarray, np.ndarray]:
+        features = assemble(tiny(domain, data={"damage": {"seed": 3, **damage}})).run.data[0].features
+        return features.vectors["image"].numpy()[1:], features.present["image"].numpy()[1:]
+
+    whole, _ = tables()
+    gone: list[set[int]] = []
+    for share in (0.2, 0.5, 1.0):
+        vectors, present = tables(drop_image=share)
+        assert (~present).sum() == 30 * share
+        assert not vectors[~present].any()
+        np.testing.assert_array_equal(vectors[present], whole[present])
+        gone.append(set(np.flatnonzero(~present)))
+    assert gone[0] < gone[1] < gone[2]
+    vectors, present = tables(corrupt_image=0.4)
+    assert present.all()
+    changed = np.flatnonzero((vectors != whole).any(axis=1))
+    assert len(changed) == 12
+    assert {tuple(row) for row in vectors[changed]} == {tuple(row) for row in whole[changed]}
+    np.testing.assert_array_equal(tables(corrupt_text=1.0)[0], whole)
 
 
 def test_a_domain_without_times_turns_time_off(make_domain: Callable[..., Domain], caplog: pytest.LogCaptureFixture) -> None:
