@@ -49,6 +49,7 @@ from studies.pretrain import pretrain_config
 from studies.spec import Spec, load_spec
 
 RATES = (0.0, 0.25, 0.5, 0.75, 1.0)
+TRAINED_RATES = (0.5, 1.0)  # of damage that is there in training too, a fine-tuning each
 KINDS = ("drop", "corrupt")
 BUCKETS = {"0": (0, 0), "1-4": (1, 4), "5-19": (5, 19), "20+": (20, 2**62)}  # training interactions of the target
 FINE_TUNING = {"training": {"learning_rate": 5e-3, "epochs": 6, "patience": 2}, "model": {"dropout": 0.2}}
@@ -124,13 +125,15 @@ def stress_demo(work: Path, rates: Sequence[float], seeds: int, processes: int) 
     spec, sources = demo(work)
     checkpoint = trained(pretrain_config(spec, sources), work / "pretrained")
     targets = list(dict.fromkeys(name for group in spec.cells for name in group.domains))
-    tasks = [(name, damage) for name in targets for damage in damages(rates, seeds)]
+    tasks = [(name, damage) for name in targets for damage in damages([rate for rate in rates if rate in TRAINED_RATES], seeds)]
     configs = [fine_tuning(spec, sources[name], checkpoint, damage) for name, damage in tasks]
     files = in_processes(configs, work, processes)
     rows = []
-    for (name, damage), file in zip(tqdm(tasks, unit="ranking"), files, strict=True):
-        whole = files[tasks.index((name, Damage(seed=damage.seed)))]
-        rows += ranked("test time", whole, sources[name].path, damage) + ranked("training", file, sources[name].path, damage)
+    for (name, damage), file in zip(tasks, files, strict=True):
+        rows += ranked("training", file, sources[name].path, damage)
+        if damage == Damage(seed=damage.seed):  # this one was fine-tuned whole
+            hurt = [each for each in damages(rates, seeds) if each.seed == damage.seed]
+            rows += [row for each in tqdm(hurt, name, unit="ranking") for row in ranked("test time", file, sources[name].path, each)]
     return rows
 
 
