@@ -43,12 +43,9 @@ def through_ray(workers: int, gpus: float) -> Callable[[PretrainedConfig, Work, 
         if not missing:
             return
         ray.data.DataContext.get_current().enable_progress_bars = False
-        inputs = work.inputs()
+        inputs = [str(each.resolve()) if isinstance(each, Path) else each for each in work.inputs]
         here = config.source if not Path(config.source).is_dir() else str(Path(config.source).resolve())
-        rows = [
-            {"part": part, "inputs": [each if each is None else str(each) for each in inputs[part * PART_ITEMS : (part + 1) * PART_ITEMS]]}
-            for part in missing
-        ]
+        rows = [{"part": part, "inputs": inputs[part * PART_ITEMS : (part + 1) * PART_ITEMS]} for part in missing]
         coming = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
             EncodePart,  # type: ignore[arg-type]
             fn_constructor_args=(replace(config, source=here), work.modality),

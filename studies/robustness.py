@@ -76,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if (told.model is None) != (told.domain is None):
             raise BadInput("only one of --model and --domain is given.", remedy="Give both, or neither for the demo.")
-        if told.seeds < 1 or not all(0 <= rate <= 1 for rate in told.rates):
-            raise BadInput("--seeds is at least 1 and rates are from 0 to 1.", remedy="Correct the flags.")
+        if min(told.seeds, told.processes) < 1 or not all(0 <= rate <= 1 for rate in told.rates):
+            raise BadInput("--seeds and --processes are at least 1 and rates are from 0 to 1.", remedy="Correct the flags.")
         if told.choices:
             print(compare_choices(told.out, told.work, told.seeds, told.processes))
         elif told.model is not None:

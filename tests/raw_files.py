@@ -178,7 +178,22 @@ FORMATS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def unisrec(folder: Path) -> None:
+    """A UniSRec / MISSRec folder of the same shape: it has indices, no times, and features."""
+    sequences = [[(5 * place + user) % 6 for place in range(6)] for user in range(6)]
+    rows: dict[str, list[str]] = {"train": [], "valid": [], "test": []}
+    for user, sequence in enumerate(sequences):
+        for split, ends in (("train", (3, 2, 1)), ("valid", (4,)), ("test", (5,))):
+            rows[split] += [f"{user}\t{' '.join(map(str, sequence[:end]))}\t{sequence[end]}" for end in ends]
+    for split, some in rows.items():
+        lines(folder / f"Toys.{split}.inter", ["user_id:token\titem_id_list:token_seq\titem_id:token", *some])
+    lines(folder / "Toys.user2index", [f"u{user}\t{user}" for user in range(6)])
+    lines(folder / "Toys.item2index", [f"i{item}\t{item}" for item in range(6)])
+    lines(folder / "Toys.text", ["item_id:token\ttext:token_seq", *(f"i{item}\t{title(f'i{item}')}" for item in range(6))])
+    (folder / "Toys.feat1CLS").write_bytes(bytes(range(96)))
+
+
 def write(kind: str, folder: Path) -> Path:
     folder.mkdir(parents=True)
-    FORMATS[kind](folder)
+    ({**FORMATS, "unisrec": unisrec})[kind](folder)
     return folder

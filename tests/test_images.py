@@ -123,6 +123,31 @@ class Misbehaving(BaseHTTPRequestHandler):
             self.wfile.write(f"X-{number}: y\r\n".encode())
             time.sleep(0.1)
 
+    def drip(self, begin: bytes, drop: bytes) -> None:
+        self.wfile.write(begin)
+        for _ in range(100):
+            self.wfile.write(drop)
+            time.sleep(0.1)
+
+    def do_chunk(self) -> None:
+        """The size of a chunk, a digit now and then."""
+        self.drip(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n", b"0")
+
+    def do_trailers(self) -> None:
+        self.drip(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"X: y\r\n")
+
+    def do_excuses(self) -> None:
+        """Busy, and a long story about it."""
+        self.drip(b"HTTP/1.1 503 Busy\r\nContent-Length: 100000\r\n\r\n", b"x")
+
+    def do_detour(self) -> None:
+        """A redirect, and an endless page with it."""
+        self.drip(b"HTTP/1.1 302 Found\r\nLocation: /ok/detour\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n")
+
+    def do_gzip(self) -> None:
+        """Compressed, though nobody asked for it, and empty."""
+        self.drip(b"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08" + bytes(7), bytes(5))
+
     def do_bomb(self) -> None:
         """A few bytes that decode to 900 million pixels."""
         import struct
@@ -188,10 +213,15 @@ OUTCOMES = {
     "/cut": "connection",
     "/silent": "timeout",
     "/drops": "timeout",
-    "/headers": "",  # a timeout or a lost connection, after the deadline
+    "/headers": "timeout",
+    "/chunk": "timeout",
+    "/trailers": "timeout",
+    "/excuses": "status 503",
+    "/detour": "ok",
+    "/gzip": "timeout",
     "/bomb": "too many pixels",
     "/circle": "redirect",
-    "/elsewhere": "",
+    "/elsewhere": "scheme",
 }
 
 
@@ -207,11 +237,11 @@ def test_a_server_that_misbehaves_costs_its_pictures_and_no_more(server: str, tm
         assert found.startswith(outcome), (path, found)
         assert (found == "ok") == (outcome == "ok"), (path, found)
     assert [reason.split(" (")[0] for reason in told.values()] == ["no address", "scheme", "scheme", "address", "connection"]
-    assert (report["pictures"], report["items"]) == (5, len(OUTCOMES) + 5)
+    assert (report["pictures"], report["items"]) == (6, len(OUTCOMES) + 5)
     files = picture_files(open_domain(domain.path))
     assert [file is not None for file in files] == [outcome == "ok" for outcome in OUTCOMES.values()] + [False] * 5
     kept = [Image.open(file).size for file in files if file is not None]
-    assert kept == [(40, 30), (40, 30), (512, 256), (40, 30), (40, 30)]
+    assert kept == [(40, 30), (40, 30), (512, 256), (40, 30), (40, 30), (40, 30)]
     assert not list((domain.path / "images").glob(".*"))
 
 
@@ -267,10 +297,33 @@ def test_private_addresses_are_refused_however_one_is_led_to_them(server: str, t
         ("fd00::1", False),
         ("::ffff:10.0.0.1", False),
         ("::ffff:8.8.8.8", True),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::1", False),
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+def test_what_other_limits_mend_is_asked_again(server: str, tmp_path: Path) -> None:
+    domain = shop(tmp_path / "shop", [server + "/ok", server + "/large"])
+    assert fetch_images(domain.path, replace(QUICK, private=False))["pictures"] == 0
+    assert fetch_images(domain.path, replace(QUICK, most_mb=0.001))["pictures"] == 1
+    assert fetch_images(domain.path, QUICK)["pictures"] == 2
+    assert Misbehaving.asked == {"/ok": 1, "/large": 2}
+
+
+def test_fetched_and_taken_pictures_stand_beside_each_other(server: str, tmp_path: Path) -> None:
+    domain = shop(tmp_path / "shop", [server + "/ok", server + "/nothing", None])
+    fetch_images(domain.path, QUICK)
+    source = tmp_path / "photos"
+    source.mkdir()
+    (source / "i2.png").write_bytes(picture("PNG"))
+    assert take_images(domain.path, source)["pictures"] == 2
+    assert reasons(domain) == {"i1": "status 404"}
+    assert fetch_images(domain.path, QUICK)["pictures"] == 2
+    assert [file and file.name for file in picture_files(open_domain(domain.path))] == ["0000001.jpg", None, "0000003.png"]
 
 
 def test_pictures_are_taken_from_a_folder_by_the_items_ids(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from studies.cells import Source
 from studies.checkpoints import newest_steps
 from studies.mlflow_store import search, store_uri
 from studies.pretrain import pretrain_config
-from studies.soak import ROOT, processes_below
+from studies.soak import ROOT, processes_below, small_cluster
 from studies.soak_checks import Violated
-from studies.soak_pretrain import BETWEEN_REPORTS, EVERY_STEPS, SHOPS, WORKER, check, make_spec
+from studies.soak_pretrain import BETWEEN_REPORTS, EVERY_STEPS, SHOPS, WORKER, check, make_spec, run
+from studies.soak_pretrain import start as start_on
 from studies.spec import Pretrain, Spec
 from studies.storage import Storage
 
@@ -166,3 +167,33 @@ def test_target_domains_are_watched_where_the_model_can_rank_them() -> None:
     assert pretrain_config(spec_of(), watched | {"attic": replace(attic, has_timestamps=False)}).data.zero_shot == ()
     untimed = {"bazaar": replace(bazaar, has_timestamps=False), "attic": replace(attic, has_timestamps=False)}
     assert pretrain_config(spec_of(), untimed).data.zero_shot == ("/attic",)
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_fewer_workers_and_grows_back(tmp_path: Path) -> None:
+    """A node is taken and none joins: one worker goes on, from the newest checkpoint. Another joins: two again. The end is the same."""
+    with small_cluster() as cluster:
+        run(cluster, make_spec("alone", EPOCHS, workers=2), tmp_path, None)
+        spec, file = make_spec("elastic", EPOCHS, workers=2), tmp_path / "elastic" / "pretrain" / "steps.jsonl"
+        (tmp_path / spec.study).mkdir()
+        write_demo(tmp_path / spec.study / "domains", config=SHOPS)
+        (tmp_path / f"{spec.study}.yaml").write_text(yaml.safe_dump(to_dict(spec)))
+        driver = start_on(cluster, spec, tmp_path)
+
+        def until_workers_are(count: int) -> None:
+            deadline = time.monotonic() + 120
+            while not file.exists() or not (rows := lines(file)) or rows[-1]["workers"] != count:
+                assert time.monotonic() < deadline
+                assert driver.poll() is None
+                time.sleep(0.1)
+
+        try:
+            until_workers_are(2)
+            cluster.remove_node(sorted(cluster.worker_nodes, key=lambda node: str(node.unique_id))[0], allow_graceful=False)
+            until_workers_are(1)
+            cluster.add_node(num_cpus=1)
+            until_workers_are(2)
+            assert driver.wait(timeout=240) == 0
+        finally:
+            driver.kill()
+        check(tmp_path, "elastic", kills=2)

@@ -192,6 +192,25 @@ def test_other_weights_have_another_name(models: dict[str, Path], tmp_path: Path
     assert PretrainedEncoder(PretrainedConfig(str(folder), device="cpu")).name("text") != before
 
 
+def test_weights_that_a_checkpoint_lacks_are_never_random_ones(models: dict[str, Path], tmp_path: Path) -> None:
+    """A classifier's checkpoint has no pooler: pictures are read by their class token, texts by their tokens, alike at every load."""
+    transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=8)).save_pretrained(tmp_path / "vit")
+    shutil.copy(models["vit"] / "preprocessor_config.json", tmp_path / "vit")
+    config = transformers.BertConfig(**SMALL, vocab_size=20, max_position_embeddings=12, pad_token_id=1)
+    transformers.BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    tokenizer(tmp_path / "bert", 12)
+    picture = [Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 30, 3), dtype=np.uint8))]
+    one, other = (PretrainedEncoder(PretrainedConfig(str(tmp_path / "vit"), device="cpu")) for _ in range(2))
+    np.testing.assert_array_equal(one.encode_pictures(picture), other.encode_pictures(picture))
+    assert one.name("image").endswith(":cls")
+    for pooling in ("auto", "cls"):
+        told = PretrainedConfig(str(tmp_path / "bert"), pooling=pooling, device="cpu")  # type: ignore[arg-type]
+        one, other = PretrainedEncoder(told), PretrainedEncoder(told)
+        np.testing.assert_array_equal(one.encode_texts(["red kite"]), other.encode_texts(["red kite"]))
+    with pytest.raises(BadInput, match="no weights of a pooler"):
+        PretrainedEncoder(PretrainedConfig(str(tmp_path / "bert"), pooling="pooler", device="cpu"))
+
+
 def vectors_of(domain: Domain, modality: str = "text") -> np.ndarray:
     table = open_features(domain, modality)  # type: ignore[arg-type]
     assert table is not None
@@ -226,6 +245,19 @@ def test_an_encoding_that_was_ended_goes_on_and_comes_to_the_same(
     for modality in ("text", "image"):
         np.testing.assert_array_equal(vectors_of(whole, modality), vectors_of(ended, modality))
     assert sorted(file.name for file in (ended.path / "features").iterdir()) == sorted(f.name for f in (whole.path / "features").iterdir())
+
+
+def test_parts_of_other_pictures_are_not_gone_on_with(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART_ITEMS", 8)
+    domain, config = shop(tmp_path / "shop", pictures=range(0, 40, 3)), PretrainedConfig(str(models["vit"]), device="cpu", batch_size=3)
+    (work,) = parts.plan([domain.path], encoder := PretrainedEncoder(config))
+    for part in work.parts[:3]:
+        parts.encode_part(encoder, work, part, work.inputs)
+    Image.new("RGB", (30, 20)).save(domain.path / "images" / "0.png")  # it was broken
+    encode_pretrained([domain.path], config)
+    table = open_features(domain, "image")
+    assert table is not None
+    assert table.present[0]
 
 
 @pytest.mark.slow
@@ -301,12 +333,40 @@ def empty(models: dict[str, Path], folder: Path) -> None:
     folder.mkdir()
 
 
-@pytest.mark.parametrize("spoil", [pickled, own_code, empty])
-def test_pickled_weights_foreign_code_and_empty_folders_are_refused(
+def cut_short(models: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(models["bert"], folder)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:2000])
+
+
+def layers_lost(models: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(models["bert"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+
+def no_padding(models: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(models["bert"], folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != "pad_token"}))
+
+
+def pools_otherwise(models: dict[str, Path], folder: Path) -> None:
+    shutil.copytree(models["bert"], folder)
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text('{"pooling_mode_lasttoken": true, "pooling_mode_mean_tokens": false}')
+
+
+def pools_by_nothing(models: dict[str, Path], folder: Path) -> None:
+    pools_otherwise(models, folder)
+    (folder / "1_Pooling" / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("spoil", [pickled, own_code, empty, cut_short, layers_lost, no_padding, pools_otherwise, pools_by_nothing])
+def test_what_is_no_whole_known_encoder_is_refused(
     spoil: Callable[[dict[str, Path], Path], None], models: dict[str, Path], tmp_path: Path
 ) -> None:
     spoil(models, tmp_path / "model")
-    with pytest.raises(BadInput, match="cannot be loaded"):
+    with pytest.raises(BadInput, match="cannot be loaded|lacks weights|pools by lasttoken"):
         PretrainedEncoder(PretrainedConfig(str(tmp_path / "model"), device="cpu"))
     assert not (tmp_path / "model" / "ran").exists()
 
@@ -322,6 +382,7 @@ def test_what_cannot_be_encoded_is_told(models: dict[str, Path], tmp_path: Path,
     assert "mmm4rec images" in told("--encoder", str(models["clip"]), "--modality", "image")
     assert "encodes text, not image" in told("--encoder", str(models["bert"]), "--modality", "image")
     assert "not fitted or saved" in told("--encoder", str(models["bert"]), "--save", str(tmp_path / "x"))
+    assert "device is 'gpu'" in told("--encoder", str(models["bert"]), "--device", "gpu")
     assert "pooling is 'best'" in told("--encoder", str(models["bert"]), "--pooling", "best")
     encode_pretrained([domain.path], PretrainedConfig(str(models["bert"]), device="cpu"))
     assert "--force" in told("--encoder", str(models["bert"]))

@@ -15,15 +15,15 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import pandas as pd
 from tqdm import tqdm
@@ -38,8 +38,10 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MOST_PIXELS = 50_000_000
 REDIRECTS = 3
 BUSY = (429, 500, 502, 503, 504)
-PASSING = ("timeout", "connection", "status 429", "status 5")  # outcomes that a later call tries again
+PASSING = ("timeout", "connection", "status 429", "status 5", "private", "too large")  # what another call, or other limits, may mend
+REDIRECTED = (301, 302, 303, 307, 308)
 READ_BYTES = 1 << 16
+HEADERS = {"User-Agent": "mmm4rec", "Accept": "image/*", "Accept-Encoding": "identity"}
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,9 @@ class Outcome:
     url: str
     outcome: str  # `ok`, or why there is none
     file: str | None = None  # inside the domain's folder
+
+
+NO_ADDRESS = Outcome(0, "", "no address")
 
 
 class Refused(ValueError):
@@ -114,14 +119,17 @@ def take_images(path: str | Path, source: Path, config: ImagesConfig = ImagesCon
         raise BadInput("is no folder.", file=source, remedy="Give the folder of the pictures.")
     files = {file.stem: file for file in sorted(source.iterdir()) if file.suffix.lower() in SUFFIXES}
     (domain.path / "images").mkdir(exist_ok=True)
-    known = {}
-    items = domain.item_table()["item"].tolist()
+    table = domain.item_table()
+    known = {earlier.item: earlier for earlier in _earlier(domain)}
+    items = table["item"].tolist()
+    taken = 0
     for number, item in enumerate(tqdm(items, desc=domain.name, unit=" pictures", delay=1, disable=None), start=1):
         if item in files:
             known[number] = _outcome(domain, number, files[item].name, files[item].read_bytes, config)
-    if not any(found.outcome == "ok" for found in known.values()):
+            taken += known[number].outcome == "ok"
+    if not taken:
         raise BadInput("holds no picture named after an item's id.", file=source, remedy=f"Name them as {items[0]}.jpg.")
-    return _close(domain, known, [None] * domain.n_items)
+    return _close(domain, known, table["image_url"].tolist())
 
 
 def _earlier(domain: Domain) -> Iterator[Outcome]:
@@ -151,9 +159,11 @@ def _outcome(domain: Domain, number: int, url: str, read: Callable[[], bytes], c
 
 
 def _close(domain: Domain, known: dict[int, Outcome], urls: list[str | None]) -> dict[str, Any]:
-    """Write what is missing, then which items have a picture."""
-    files = [known[number].file if number in known else None for number in range(1, domain.n_items + 1)]
-    reasons = [known[number].outcome if number in known else "no address" for number in range(1, domain.n_items + 1)]
+    """Write what is missing, then which items have a picture: what there was before and is not replaced stays."""
+    before = [image if isinstance(image, str) and (domain.path / image).is_file() else None for image in domain.item_table()["image"]]
+    found = [known.get(number, NO_ADDRESS) for number in range(1, domain.n_items + 1)]
+    files = [each.file or earlier for each, earlier in zip(found, before, strict=True)]
+    reasons = ["ok" if file is not None else each.outcome for file, each in zip(files, found, strict=True)]
     table = pd.DataFrame({"item": domain.item_table()["item"], "image_url": urls, "reason": reasons})
     write_atomically(domain.path / "images" / "missing.csv", table[table["reason"] != "ok"].to_csv(index=False).encode())
     set_images(domain, files)
@@ -185,56 +195,109 @@ def checked(content: bytes, config: ImagesConfig) -> tuple[bytes, str]:
         raise Refused(f"no picture ({error})") from error
 
 
+class Exchange:
+    """One picture's requests, redirects and retries: all of it ends at the deadline, whatever a server sends or does not."""
+
+    here = threading.local()  # the exchange of this thread
+
+    def __init__(self, seconds: float) -> None:
+        self.over, self._seconds = False, seconds
+        self.socket: socket.socket | None = None  # of the request that is under way
+
+    def __enter__(self) -> Exchange:
+        Exchange.here.now, self._timer = self, threading.Timer(self._seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self.over = True
+        with suppress(OSError):
+            if self.socket is not None:
+                self.socket.shutdown(socket.SHUT_RDWR)
+
+
 def _download(session: Any, url: str, config: ImagesConfig) -> bytes:
     """The bytes at an address. Raises Refused with the reason."""
-    import urllib3
+    from urllib3 import Retry
+    from urllib3.exceptions import HTTPError, LocationParseError, LocationValueError, MaxRetryError, NewConnectionError, TimeoutError
 
+    tries = Retry(config.retries, status_forcelist=BUSY, backoff_factor=0.3, backoff_max=8, redirect=False)
+    with Exchange(config.deadline_seconds) as exchange:
+        try:
+            for _ in range(REDIRECTS + config.retries + 1):
+                status, answer = _ask(session, url, config)
+                if status in REDIRECTED and answer:
+                    url = urljoin(url, answer.decode("latin-1"))
+                elif status in BUSY and tries.total and not exchange.over:
+                    tries = tries.increment("GET", url)
+                    tries.sleep()
+                elif status == 200:
+                    if exchange.over:
+                        break
+                    return answer
+                else:
+                    raise Refused(f"status {status}")
+            raise Refused("redirect (too many)" if not exchange.over else "timeout")
+        except Refused:
+            if exchange.over:
+                raise Refused(f"timeout (over {config.deadline_seconds} s)") from None
+            raise
+        except MaxRetryError as error:
+            slow = isinstance(error.reason, TimeoutError) and not isinstance(error.reason, NewConnectionError)
+            raise Refused(f"{'timeout' if slow or exchange.over else 'connection'} ({error.reason})") from error
+        except (LocationParseError, LocationValueError, UnicodeError) as error:
+            raise Refused(f"address ({error})") from error
+        except (HTTPError, OSError) as error:
+            kind = "timeout" if exchange.over or isinstance(error, TimeoutError) else "connection"
+            raise Refused(f"{kind} ({error})") from error
+
+
+def _ask(session: Any, url: str, config: ImagesConfig) -> tuple[int, bytes]:
+    """One request: its status, and the picture, or where a redirect leads. Nothing that is not wanted is read. Raises Refused."""
     if not url.lower().startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
         raise Refused(f"scheme (only {' and '.join(SCHEMES)})")
-    until, most = time.monotonic() + config.deadline_seconds, int(config.most_mb * 1e6)
+    response = session.request("GET", url, preload_content=False, decode_content=False, redirect=False, headers=HEADERS)
     try:
-        with closing(
-            session.request("GET", url, preload_content=False, headers={"User-Agent": "mmm4rec", "Accept": "image/*"})
-        ) as response:
-            if response.status != 200:
-                raise Refused(f"status {response.status}")
-            kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
-            if not kind.startswith("image/"):
-                raise Refused(f"content type ({kind or 'none'})")
-            if int(response.headers.get("Content-Length") or 0) > most:
-                raise Refused(f"too large (over {config.most_mb} MB)")
-            content = b""
-            while part := response.read1(READ_BYTES):
-                content += part
-                if len(content) > most:
-                    raise Refused(f"too large (over {config.most_mb} MB)")
-                if time.monotonic() > until:
-                    raise Refused(f"timeout (over {config.deadline_seconds} s)")
-            return content
-    except urllib3.exceptions.MaxRetryError as error:
-        known = urllib3.exceptions
-        slow = isinstance(error.reason, known.TimeoutError) and not isinstance(error.reason, known.NewConnectionError)
-        circling = isinstance(error.reason, known.ResponseError) and "redirect" in str(error.reason)
-        raise Refused(f"{'redirect' if circling else 'timeout' if slow else 'connection'} ({error.reason})") from error
-    except urllib3.exceptions.TimeoutError as error:
-        raise Refused(f"timeout ({error})") from error
-    except (urllib3.exceptions.LocationParseError, urllib3.exceptions.LocationValueError, UnicodeError, ValueError) as error:
-        if isinstance(error, Refused):
-            raise
-        raise Refused(f"address ({error})") from error
-    except urllib3.exceptions.HTTPError as error:
-        raise Refused(f"connection ({error})") from error
+        if response.status in REDIRECTED:
+            return response.status, response.headers.get("Location", "").encode("latin-1", "replace")
+        if response.status != 200:
+            return response.status, b""
+        most, length = int(config.most_mb * 1e6), response.headers.get("Content-Length", "")
+        kind = response.headers.get("Content-Type", "").split(";")[0].strip().lower()
+        if not kind.startswith("image/"):
+            raise Refused(f"content type ({kind or 'none'})")
+        content = b""
+        while (not length.isdecimal() or int(length) <= most) and (part := response.read1(READ_BYTES, decode_content=False)):
+            content += part
+            if len(content) > most:
+                break
+        if len(content) > most or (length.isdecimal() and int(length) > most):
+            raise Refused(f"too large (over {config.most_mb} MB)")
+        return 200, content
+    finally:
+        response.close()
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """Whether an IP address, or the one that it stands for, belongs to the public internet."""
     ip = ipaddress.ip_address(address.split("%", maxsplit=1)[0])
-    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip in TRANSLATED:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        else:
+            ip = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else ip)
     return ip.is_global and not ip.is_multicast
 
 
+TRANSLATED = ipaddress.IPv6Network("64:ff9b::/96")
+
+
 def _session(config: ImagesConfig) -> Any:
-    """A pool of connections that retries and follows a few redirects; unless `private`, no connection leaves the public internet.
+    """A pool of connections that tries again where one fails; unless `private`, no connection leaves the public internet.
 
     The address is checked once connected, before a byte is sent, so that neither a name nor a redirect leads inside.
     """
@@ -256,18 +319,11 @@ def _session(config: ImagesConfig) -> Any:
             return connected
 
         def getresponse(self) -> Any:
-            """Of a server that sends its headers drop by drop the connection is shut down in the end."""
-            end = threading.Timer(config.deadline_seconds, self._shut_down)
-            end.daemon = True
-            end.start()
-            try:
-                return super().getresponse()
-            finally:
-                end.cancel()
-
-        def _shut_down(self) -> None:
-            with suppress(OSError, AttributeError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            exchange: Exchange = Exchange.here.now
+            exchange.socket = self.sock
+            if exchange.over:
+                raise TimeoutError("the deadline is over")
+            return super().getresponse()
 
     class PublicTLS(Public, HTTPSConnection):
         pass
@@ -278,24 +334,8 @@ def _session(config: ImagesConfig) -> Any:
     class PoolTLS(HTTPSConnectionPool):
         ConnectionCls = PublicTLS
 
-    retry = Retry(
-        total=config.retries + REDIRECTS,
-        connect=config.retries,
-        read=config.retries,
-        status=config.retries,
-        redirect=REDIRECTS,
-        status_forcelist=BUSY,
-        backoff_factor=0.3,
-        backoff_max=8,
-        respect_retry_after_header=False,  # a server does not decide how long we sleep
-        raise_on_status=False,
-    )
-    manager = PoolManager(
-        num_pools=64,
-        maxsize=config.connections,
-        block=False,
-        retries=retry,
-        timeout=Timeout(config.timeout_seconds, config.timeout_seconds),
-    )
+    retry = Retry(config.retries, status=0, redirect=False, backoff_factor=0.3, backoff_max=8, respect_retry_after_header=False)
+    wait = Timeout(config.timeout_seconds, config.timeout_seconds)
+    manager = PoolManager(num_pools=64, maxsize=config.connections, block=False, retries=retry, timeout=wait)
     manager.pool_classes_by_scheme = {"http": Pool, "https": PoolTLS}
     return manager

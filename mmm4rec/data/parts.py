@@ -4,7 +4,7 @@ A part is so many items, and a file of its own beside the features until all are
 encoding goes on with the first missing part, and gives the vectors of an uninterrupted one, since what is encoded together
 depends on the part alone. Vectors are float16.
 
-    features/.MODALITY-KEY/00000.safetensors    `vectors` [n, F] float16, `present` [n] bool; KEY: hash of encoder and domain
+    features/.MODALITY-KEY/00000.safetensors    `vectors` [n, F] float16, `present` [n] bool; KEY: hash of encoder, domain and inputs
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,10 +41,15 @@ class Work:
     modality: Modality
     encoder: str  # its name for this modality
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        key = hashlib.sha256(f"{self.encoder}\0{self.domain.fingerprint}".encode()).hexdigest()[:12]
-        return self.domain.path / "features" / f".{self.modality}-{key}"
+        """The parts' own, by all that they depend on."""
+        digest = hashlib.sha256(f"{self.encoder}\0{self.domain.fingerprint}".encode())
+        for each in self.inputs:
+            known = each.stat() if isinstance(each, Path) and each.is_file() else None
+            told = str(each) if known is None or not isinstance(each, Path) else f"{each.name} {known.st_size} {known.st_mtime_ns}"
+            digest.update(told.encode("utf-8", "replace") + b"\0")
+        return self.domain.path / "features" / f".{self.modality}-{digest.hexdigest()[:12]}"
 
     def file(self, part: int) -> Path:
         return self.folder / f"{part:05d}.safetensors"
@@ -57,6 +63,7 @@ class Work:
         """Parts that are not encoded yet."""
         return [part for part in self.parts if not self.file(part).is_file()]
 
+    @cached_property
     def inputs(self) -> list[str] | list[Path | None]:
         """The items' texts, or their pictures."""
         return read_texts(self.domain) if self.modality == "text" else picture_files(self.domain)
@@ -111,15 +118,18 @@ def encode_inputs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Vectors [n, F] float16, rows of zeros where absent, and present [n]; absent are empty texts and pictures that cannot be read."""
     if modality == "text":
-        readable = [text for text in inputs if text]
-        present, encode = np.array([bool(text) for text in inputs]), encoder.encode_texts
+        present = np.array([bool(text) for text in inputs])
+        blocks = [encoder.encode_texts([str(text) for text in inputs if text])] if present.any() else []
     else:
-        opened = [None if picture is None else open_picture(Path(picture)) for picture in inputs]
-        readable = [picture for picture in opened if picture is not None]
-        present, encode = np.array([picture is not None for picture in opened]), encoder.encode_pictures  # type: ignore[assignment]
-    if not readable:
+        step, present, blocks = encoder.config.batch_size, np.zeros(len(inputs), dtype=bool), []
+        for first in range(0, len(inputs), step):  # opened a batch at a time
+            opened = [None if picture is None else open_picture(Path(picture)) for picture in inputs[first : first + step]]
+            present[first : first + step] = [picture is not None for picture in opened]
+            if readable := [picture for picture in opened if picture is not None]:
+                blocks.append(encoder.encode_pictures(readable))
+    if not blocks:
         return np.zeros((len(inputs), 0), dtype=np.float16), present
-    found = encode(readable)  # type: ignore[arg-type]
+    found = np.concatenate(blocks)
     if not np.isfinite(found).all():
         raise BadInput("gives vectors that are not finite.", file=encoder.config.source, remedy="Use another encoder or device.")
     vectors = np.zeros((len(inputs), found.shape[1]), dtype=np.float16)
@@ -167,7 +177,7 @@ def encode_pretrained(
     `in_parts` encodes the missing parts of a work elsewhere, and yields each that is done (studies/encode_cluster.py).
     Raises BadInput as `plan` does, and for an encoder that cannot be loaded.
     """
-    encoder = PretrainedEncoder(config)
+    encoder = PretrainedEncoder(config if in_parts is None else replace(config, device="cpu"))  # this process may have no GPU
     works = plan(domains, encoder, modalities, force=force)
     pinned = config if Path(config.source).is_dir() else replace(config, revision=encoder.version)
     for work in works:
@@ -184,7 +194,7 @@ def encode_pretrained(
 
 
 def _here(encoder: PretrainedEncoder, work: Work, missing: list[int]) -> Iterable[int]:
-    inputs = work.inputs()
+    inputs = work.inputs
     for part in missing:
         encode_part(encoder, work, part, inputs)
         yield part

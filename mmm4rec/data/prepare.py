@@ -19,6 +19,7 @@ Legend: U users, I items, N interactions, R rows of a raw file, F feature width.
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +37,7 @@ from mmm4rec.data.reviews.items import best_items
 from mmm4rec.data.reviews.source import RawSource
 from mmm4rec.data.reviews.table import Columns
 from mmm4rec.data.stage import Staged, blocks, count_ties, counted, earliest_from, k_core_mask, ranks, stage
-from mmm4rec.data.strict import FIX_ROW, Faults
+from mmm4rec.data.strict import FIX_ROW, Faults, rows_at_most
 from mmm4rec.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,12 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.k_core < 1:
             raise ValueError(f"k_core is {self.k_core}; it must be at least 1.")
-        if min(self.valid_share, self.test_share) <= 0 or self.valid_share + self.test_share >= 1:
+        if not (min(self.valid_share, self.test_share) > 0 and self.valid_share + self.test_share < 1):
             raise ValueError(f"valid_share and test_share are {self.valid_share} and {self.test_share}; above 0, below 1 together.")
         if not 0 <= self.malformed <= 1:
             raise ValueError(f"malformed is {self.malformed}; it must be from 0 to 1.")
+        if not 0 < self.memory_gb < math.inf:
+            raise ValueError(f"memory_gb is {self.memory_gb}; it must be a size.")
 
 
 def prepare(
@@ -98,7 +101,7 @@ def prepare(
 
 
 def _prepare_reviews(source: RawSource, folder: Path, out: Path, name: str, config: PrepareConfig, force: bool) -> Domain:
-    faults = Faults(config.malformed)
+    faults = Faults(config.malformed, rows_at_most(source.interactions))
     rows = stage(source.read_rows(faults), folder, memory_bytes=int(config.memory_gb * ENGINE_SHARE * 1e9))
     faults.check()
     if not len(rows):
@@ -110,7 +113,7 @@ def _prepare_reviews(source: RawSource, folder: Path, out: Path, name: str, conf
         raise BadInput(rule, file=source.interactions[0], remedy="Give more rows, or a smaller k-core.")
     core = _core(rows, kept, folder, timed=source.timed)
     split, cuts = _split(source, core, config)
-    wanted = Faults(config.malformed)
+    wanted = Faults(config.malformed, rows_at_most(source.metadata))
     items = _item_table(source, core.item_ids, wanted)
     wanted.check()
     provenance = {
@@ -208,9 +211,14 @@ def _split(source: RawSource, core: Core, config: PrepareConfig) -> tuple[str, n
         raise BadInput("has no times, which a global-time split needs.", file=source.interactions[0], remedy="Leave --split out.")
     moments = [earliest_from(core.timestamps, share) for share in (config.valid_share + config.test_share, config.test_share)]
     cuts = np.stack([_counts_before(core, moment) for moment in moments], axis=1)
-    lengths = np.diff(core.offsets)
-    if not (cuts[:, 0] > 1).any() or not (lengths > cuts[:, 1]).any():
-        rule = f"leaves no training or no test targets with a global-time split at {moments[0]} and {moments[1]}."
+    before_valid, before_test, lengths = cuts[:, 0], cuts[:, 1], np.diff(core.offsets)
+    targets = {
+        "training": before_valid > 1,
+        "validation": (before_test > before_valid) & (before_test > 1),
+        "test": (lengths > before_test) & (lengths > 1),
+    }
+    if none := [name for name, users in targets.items() if not users.any()]:
+        rule = f"leaves no {' and no '.join(none)} targets with a global-time split at {moments[0]} and {moments[1]} (unix seconds)."
         raise BadInput(rule, file=source.interactions[0], remedy="Choose other shares, or leave --split out.")
     return f"global-time: validation from {moments[0]}, test from {moments[1]} (unix seconds), each user's last target of either", cuts
 

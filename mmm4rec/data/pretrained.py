@@ -55,15 +55,14 @@ class PretrainedEncoder:
     """A loaded model with its tokenizer and picture processor."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        """Load it. Raises BadInput when it is not there, is of another kind, or needs its own code or pickled weights."""
+        """Load it, and encode something. Raises BadInput when that fails: nothing there, its own code, pickled or absent weights."""
         with encode_extra():
             import transformers
-        self.config = config
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
-        self.version = _version(config)
+        self.config, self.device, self.version = config, _device(config.device), _version(config)
         told: dict[str, Any] = {"trust_remote_code": False} | ({} if Path(config.source).is_dir() else {"revision": self.version})
         with _loading(config.source), _quiet(transformers):
-            model = transformers.AutoModel.from_pretrained(config.source, use_safetensors=True, dtype=torch.float32, **told)
+            how: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+            model, loaded = transformers.AutoModel.from_pretrained(config.source, **how, **told)
             self.joint = hasattr(model, "get_text_features") and hasattr(model, "get_image_features")
             reads_pixels = getattr(model, "main_input_name", "input_ids") == "pixel_values"
             self.tokenizer = self.pictures = None
@@ -72,7 +71,29 @@ class PretrainedEncoder:
             if self.joint or reads_pixels:
                 self.pictures = transformers.AutoImageProcessor.from_pretrained(config.source, backend="pil", **told)
         self.model = model.eval().to(self.device)
-        self.pooling = _pooling(config) if self.tokenizer is not None and not self.joint else "pooler"
+        self.pooling = self._pooling(sorted(loaded["missing_keys"]))
+        with _loading(config.source):
+            self._try_out()
+
+    def _pooling(self, absent: list[str]) -> str:
+        """How tokens become a vector; never by weights that the checkpoint lacks, which would be random ones."""
+        if lost := [name for name in absent if "pooler" not in name]:
+            rule = f"lacks weights of the model: {', '.join(lost[:3])}{', ...' if len(lost) > 3 else ''}."
+            raise BadInput(rule, file=self.config.source, remedy="Give a checkpoint of the whole encoder.")
+        if self.joint or self.tokenizer is None:
+            return "cls" if absent else "pooler"
+        asked = _asked_pooling(self.config, self.version)
+        if asked == "pooler" and absent:
+            raise BadInput("has no weights of a pooler.", file=self.config.source, remedy="Give --pooling mean or cls.")
+        return asked
+
+    def _try_out(self) -> None:
+        if self.tokenizer is not None:
+            self.encode_texts(["a"])
+        if self.pictures is not None:
+            from PIL import Image
+
+            self.encode_pictures([Image.new("RGB", (32, 32))])
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -129,10 +150,10 @@ class PretrainedEncoder:
 
     def _text_vectors(self, inputs: dict[str, Tensor]) -> Tensor:
         if self.joint:
-            return _pooled(self.model.get_text_features(**inputs))
+            return self._pooled(self.model.get_text_features(**inputs))
         output = self.model(**inputs)
         if self.pooling == "pooler":
-            return _pooled(output)
+            return self._pooled(output)
         tokens = output.last_hidden_state  # [n, T, F]
         if self.pooling == "cls":
             return tokens[:, 0]
@@ -140,15 +161,14 @@ class PretrainedEncoder:
         return (tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def _picture_vectors(self, inputs: dict[str, Tensor]) -> Tensor:
-        return _pooled(self.model.get_image_features(**inputs) if self.joint else self.model(**inputs))
+        return self._pooled(self.model.get_image_features(**inputs) if self.joint else self.model(**inputs))
 
-
-def _pooled(output: Any) -> Tensor:
-    """What a model pools itself, or the mean of its tokens: [n, F]."""
-    if isinstance(output, Tensor):  # transformers 4
-        return output
-    pooled = getattr(output, "pooler_output", None)
-    return (output.last_hidden_state.mean(1) if pooled is None else pooled).flatten(1)
+    def _pooled(self, output: Any) -> Tensor:
+        """What a model pools itself, or else its first token (a picture's class token): [n, F]."""
+        if isinstance(output, Tensor):  # transformers 4
+            return output
+        pooled = None if self.pooling == "cls" else getattr(output, "pooler_output", None)
+        return (output.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1)
 
 
 def _in_order(vectors: list[Tensor], order: Sequence[int]) -> np.ndarray:
@@ -158,16 +178,31 @@ def _in_order(vectors: list[Tensor], order: Sequence[int]) -> np.ndarray:
     return placed.numpy()
 
 
-def _pooling(config: PretrainedConfig) -> str:
+def _asked_pooling(config: PretrainedConfig, version: str) -> str:
     """As asked for, or as a sentence encoder's own files say, or the mean."""
     if config.pooling != "auto":
         return config.pooling
     with encode_extra():
         from transformers.utils import cached_file
+    where = {} if Path(config.source).is_dir() else {"revision": version}
     with _loading(config.source):
-        file = cached_file(config.source, "1_Pooling/config.json", revision=config.revision, _raise_exceptions_for_missing_entries=False)
-    told = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
-    return "cls" if told.get("pooling_mode_cls_token") else "mean"
+        file = cached_file(config.source, "1_Pooling/config.json", _raise_exceptions_for_missing_entries=False, **where)
+        told = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+        modes = {key.removeprefix("pooling_mode_") for key, on in told.items() if key.startswith("pooling_mode_") and on}
+    if not modes <= {"cls_token", "mean_tokens"} or len(modes) > 1:
+        rule = f"pools by {', '.join(sorted(modes))}, of which only cls_token or mean_tokens alone is known here."
+        raise BadInput(rule, file=config.source, remedy="Give --pooling mean or cls.")
+    return "cls" if "cls_token" in modes else "mean"
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch's words for: no such device here
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device is '{name}', which this machine does not have ({reason}).", remedy="Use auto, cpu or cuda.") from error
 
 
 def _version(config: PretrainedConfig) -> str:
@@ -196,7 +231,9 @@ def _loading(source: str) -> Iterator[None]:
     remedy = "Give a folder that save_pretrained wrote, or a model of the hub with safetensors weights."
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+    except BadInput:
+        raise
+    except Exception as error:  # hundreds of models, and the network: what they raise has no common class
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput(f"cannot be loaded ({reason[0]})", file=source, remedy=remedy) from error
 

@@ -7,6 +7,7 @@ out, counted and reported, and ends the work too when there are more than a shar
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ LINE_BYTES = 1 << 26  # no line may be longer
 FIX_ROW = "Correct the row, or download the file again."
 AGAIN = "Download the file again."
 CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
-SOON = 1000  # faults after which a file that is wrong altogether is read no further
 TOLD = 3  # faults that a report names
 
 
@@ -35,19 +35,20 @@ class Faults:
     """The malformed rows of some files: left out, counted, and too many when they are more than `share` of the rows."""
 
     share: float = 0.0  # with 0 the first fault ends the work
-    rows: int = 0  # good and bad, of the files read so far and of the one that is being read
+    most_rows: float = math.inf  # no more rows than these are to come, good and bad: what ends a hopeless reading early
+    rows: int = 0  # good and bad, read so far
     count: int = 0
     first: list[BadInput] = field(default_factory=list)
 
     def add(self, file: Path, line: int, rule: str, remedy: str = FIX_ROW) -> None:
-        """Count a fault. Raises BadInput when none is allowed, or when there are many already and too many."""
+        """Count a fault. Raises BadInput when none is allowed, or when they are too many already, whatever is to come."""
         fault = BadInput(rule, file=file, line=line, remedy=remedy)
         if self.share == 0:
             raise fault
         self.count += 1
         if len(self.first) < TOLD:
             self.first.append(fault)
-        if self.count >= SOON and self.count > self.share * max(self.rows, line):
+        if self.count > self.share * self.most_rows:
             raise self._too_many()
 
     def check(self) -> None:
@@ -62,8 +63,13 @@ class Faults:
 
     def _too_many(self) -> BadInput:
         first = self.first[0]
-        told = f"{first.rule} ({self.count:,} of {self.rows:,} rows are malformed; the limit is {self.share:.2%}.)"
+        told = f"{first.rule} ({self.count:,} of {self.rows:,} rows that were read are malformed; the limit is {self.share:.2%}.)"
         return BadInput(told, file=first.file, line=first.line, remedy=f"{first.remedy} Or raise the limit, with --malformed.")
+
+
+def rows_at_most(files: Sequence[Path]) -> float:
+    """A bound of the rows in these files: a byte each, unknown where they are compressed."""
+    return math.inf if any(file.suffix in CODECS for file in files) else sum(file.stat().st_size + 1 for file in files)
 
 
 def plain_name(file: Path) -> str:
@@ -104,12 +110,12 @@ def read_blocks(file: Path) -> Iterator[tuple[int, bytes]]:
 def read_lines(file: Path, faults: Faults) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file, numbered from 1, without their ends; a line that is not UTF-8 is a fault."""
     for first, block in read_blocks(file):
+        faults.rows += block.count(b"\n") + (not block.endswith(b"\n"))
         for line, text in enumerate(block.removesuffix(b"\n").split(b"\n"), start=first):
             try:
                 yield line, text.decode("utf-8").rstrip("\r")
             except UnicodeDecodeError:
                 faults.add(file, line, "is not UTF-8.", "Convert the file to UTF-8.")
-        faults.rows += block.count(b"\n") + (not block.endswith(b"\n"))
 
 
 def parse_json(text: str) -> dict[str, Any]:
@@ -137,11 +143,11 @@ def read_columns(
             first, block = 2, block[cut:]  # noqa: PLW2901
         rows = block.count(b"\n") + (not block.endswith(b"\n")) if block else 0
         if rows:
+            faults.rows += rows
             places, tables = [], []
             for start, table in _parsed(file, first, 0, block, kinds, delimiter, faults, quoted):
                 places.append(np.arange(start, start + len(table)))
                 tables.append(table)
-            faults.rows += rows
             if tables:
                 yield first, np.concatenate(places), pa.concat_tables(tables)
 

@@ -256,7 +256,7 @@ class MMM4Rec(HubModel, Recommender):
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         """The vectors of all items 0..I, or of those in `ids`: [n], or a range of rows."""
         inputs: dict[str, Tensor] = {stream: self._item_inputs(stream, features, ids) for stream in self.config.streams}
-        unit = [F.normalize(vectors, dim=-1, eps=1e-12) for vectors in inputs.values()]
+        unit = [self._unit(vectors) for vectors in inputs.values()]
         if self.fusion is None:
             return Catalogue(inputs, sum(unit[1:], unit[0]))
         weights = (self.fusion if self.fusion.dim() == 1 else rows_of(self.fusion, ids)).softmax(-1)  # [2] or [n, 2], text first
@@ -278,6 +278,11 @@ class MMM4Rec(HubModel, Recommender):
         if self.config.missing == "other":
             vectors = self._from_other(stream, features, ids, vectors, present)
         return vectors + rows_of(self.ids[stream], ids) if stream in self.ids else vectors
+
+    def _unit(self, vectors: Tensor) -> Tensor:
+        """[n, D] at length 1. With `missing=zero` a vector may be 0: it stays so, and has no gradient (it would be 1e12 times as large)."""
+        unit = F.normalize(vectors, dim=-1, eps=1e-12)
+        return torch.where((vectors != 0).any(-1, keepdim=True), unit, 0.0) if self.config.missing == "zero" else unit
 
     def _learned_missing(self, stream: Modality) -> Tensor:
         """What stands for an absent feature, [D]."""

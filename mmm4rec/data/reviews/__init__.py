@@ -27,8 +27,13 @@ def find_source(path: Path, columns: Columns = PLAIN) -> RawSource | DownstreamS
     if names and path.is_dir():
         return DownstreamSource(_the_only(names, path), path)
     found = table.find(files, beside, columns, path.name) or recbole.find(files, beside)
+    if not found and columns.named:
+        raise BadInput("holds no table, whose columns --columns could name.", file=path, remedy=SOURCES)
     found = found or [source for find in amazon.FINDERS for source in find(files, beside)]
     _the_only({source.name for source in found}, path)
+    if len(editions := sorted({source.format for source in found})) > 1:
+        rule = f"holds one category in several editions: {', '.join(editions)}."
+        raise BadInput(rule, file=path, remedy="Give each a folder of its own.")
     if not found[0].metadata and (missing := found[0].metadata_due) is not None:
         beside_what = found[0].interactions[0].name
         raise BadInput("is missing: it holds the items' texts.", file=missing, remedy=f"Put it beside {beside_what}.")

@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -25,7 +26,7 @@ from typing import Any
 from mmm4rec.data.reviews.items import Item, Numbered, Record, json_records, read_items, texts_of
 from mmm4rec.data.reviews.rows import Batches, check_record, delimited_rows, json_rows, parquet_rows
 from mmm4rec.data.reviews.source import RawSource
-from mmm4rec.data.strict import Faults, plain_name, read_header, read_parquet
+from mmm4rec.data.strict import Faults, plain_name, read_blocks, read_header, read_parquet
 
 HEADER_2023 = ["user_id", "parent_asin", "rating", "timestamp"]
 ITEM_COLUMNS_2023 = ("parent_asin", "title", "store", "categories", "features", "description", "images")
@@ -54,7 +55,7 @@ def find_2018(files: Sequence[Path], beside: Sequence[Path]) -> list[RawSource]:
     for file in files:
         stem, _, suffix = plain_name(file).rpartition(".")
         other = stem.startswith(("meta_", "ratings_", "reviews_"))
-        if stem and not other and (suffix == "json" or (suffix == "csv" and not _has_header(file))):
+        if stem and not other and (suffix == "json" or (suffix == "csv" and _is_2018(file))):
             found.setdefault(stem.removesuffix("_5"), []).append(file)
 
     def rows(file: Path, faults: Faults) -> Batches:
@@ -94,10 +95,18 @@ def find_2023(files: Sequence[Path], beside: Sequence[Path]) -> list[RawSource]:
 FINDERS = (find_2014, find_2023, find_2018)
 
 
-def _has_header(file: Path) -> bool:
-    """Whether a .csv is of another format than 2018's, whose third field is a rating on every line, the first too."""
-    fields = read_header(file, ",")
-    return "user" in fields or "user_id" in fields
+def _is_2018(file: Path) -> bool:
+    """Whether a .csv begins as 2018's do: without a header, and soon with a line of four fields, the last two of them numbers."""
+    _, block = next(read_blocks(file), (1, b""))
+    lines = [line.decode("utf-8", "replace").strip().split(",") for line in block.split(b"\n", 5)[:5]]
+    return any(map(_is_number, lines[0])) and any(len(line) == 4 and _is_number(line[2]) and _is_number(line[3]) for line in lines)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _is_2023(file: Path) -> bool:
@@ -180,13 +189,12 @@ def _item_2023(record: Record) -> Item:
 
 
 def _image_2023(images: Any) -> str | None:
-    """The first picture's largest address: a list of pictures in JSON, a picture of lists in parquet."""
-    if isinstance(images, list):
-        ordered = sorted((one for one in images if isinstance(one, dict)), key=lambda one: one.get("variant") != "MAIN")
-        addresses = [one.get(size) for one in ordered for size in ("hi_res", "large", "thumb")]
-    elif isinstance(images, dict):
-        columns = [images.get(size) or [] for size in ("hi_res", "large", "thumb")]
-        addresses = [address for column in columns if isinstance(column, list) for address in column]
-    else:
-        addresses = []
+    """The main picture's largest address, or the first's: a list of pictures in JSON, an object of lists in parquet."""
+    if isinstance(images, dict):
+        columns = {key: column for key, column in images.items() if isinstance(column, list)}
+        length = max(map(len, columns.values()), default=0)
+        images = [{key: column[place] for key, column in columns.items() if place < len(column)} for place in range(length)]
+    pictures = [one for one in images if isinstance(one, dict)] if isinstance(images, list) else []
+    ordered = sorted(pictures, key=lambda one: one.get("variant") != "MAIN")
+    addresses = [one.get(size) for one in ordered for size in ("hi_res", "large", "thumb")]
     return next((address for address in addresses if isinstance(address, str) and address), None)

@@ -119,7 +119,7 @@ def _read_rows(file: Path, n_users: int, n_items: int) -> Rows:
     try:
         history = pc.list_flatten(words).cast(pa.int64()).to_numpy()
     except pa.ArrowInvalid:
-        bad = [not all(word.isdecimal() for word in line.split(" ")) for line in table["history"]]
+        bad = [not all(word.isascii() and word.isdecimal() and len(word) < 19 for word in line.split(" ")) for line in table["history"]]
         _reject_first(
             np.array(bad), file, 2, lambda row: f"history '{table['history'][row]}' is no list of item indices parted by single spaces."
         )

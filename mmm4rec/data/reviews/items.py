@@ -107,7 +107,8 @@ def best_items(items: Iterable[Item], wanted: Collection[str]) -> pd.DataFrame:
     for item in items:
         if item.id in wanted:
             text = item.text
-            found = (len(text), text, item.image_url or "")
+            address = item.image_url or ""
+            found = (len(text), text, address if address.isprintable() else "")
             best[item.id] = max(found, best.get(item.id, found))
     rows = [(item, text, image_url or None) for item, (_, text, image_url) in best.items()]
     return pd.DataFrame(rows, columns=["item", "text", "image_url"])
@@ -120,7 +121,7 @@ def item_text(title: list[str], brand: list[str], category: list[str], descripti
     return " ".join(each if each.endswith((".", "!", "?")) else f"{each}." for each in sentences if each)
 
 
-HIDDEN = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)|<!\[[^>]*>", re.DOTALL | re.IGNORECASE)
+HIDDEN = re.compile(r"<(script|style)\b.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)|<!\[[^<>]*>", re.DOTALL | re.IGNORECASE)
 TAG = re.compile(r"</?([a-zA-Z][a-zA-Z0-9]*)\b[^<>]*>")
 INLINE = frozenset({"a", "b", "em", "font", "i", "span", "strong", "sub", "sup", "u"})  # these do not part words
 

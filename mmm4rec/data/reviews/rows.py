@@ -20,6 +20,7 @@ from mmm4rec.errors import BadInput
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("time_ms", pa.int64())])
 LAST_TIME_SECONDS = 32_503_680_000  # the year 3000: what lies beyond it is of another unit
 AT_ONCE = 2**17  # rows of JSON in a batch
+WHOLE_MS = {"s": (1000, 1), "ms": (1, 1), "us": (1, 1000), "ns": (1, 1_000_000)}  # times, and parts
 MS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}  # milliseconds in a unit of time
 
 Batches = Iterator[pa.RecordBatch]
@@ -72,7 +73,10 @@ def checked(
 
 
 def to_ms(time: np.ndarray, unit: str) -> np.ndarray:
-    """Times [n] in milliseconds, int64, rounded down; what is no number is 0."""
+    """Times [n] in milliseconds, int64, rounded down; what is no number or out of bounds is any."""
+    if np.issubdtype(time.dtype, np.integer):
+        times, parts = WHOLE_MS[unit]
+        return time.astype(np.int64) * times // parts
     scaled = np.nan_to_num(np.asarray(time, dtype=np.float64) * MS[unit], nan=0.0, posinf=0.0, neginf=0.0)
     return np.floor(np.clip(scaled, 0, LAST_TIME_SECONDS * 1000.0)).astype(np.int64)
 
@@ -145,9 +149,11 @@ def parquet_rows(file: Path, user: str, item: str, time: str | None, faults: Fau
         who, what = (cast(file, name, batch.column(name), pa.string()) for name in (user, item))
         stamps = None
         if time is not None:
-            dated = pa.types.is_timestamp(batch.column(time).type)
-            column = cast(file, time, batch.column(time), pa.timestamp("ms") if dated else pa.float64())
-            stamps, unit = column.cast(pa.int64() if dated else pa.float64()).to_numpy(zero_copy_only=False), "ms" if dated else unit
+            kind = batch.column(time).type
+            dated = pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+            column = cast(file, time, batch.column(time), pa.timestamp("ms")).cast(pa.int64()) if dated else batch.column(time)
+            column = column if pa.types.is_integer(column.type) else cast(file, time, column, pa.float64())
+            stamps, unit = pc.fill_null(column, -1).to_numpy(zero_copy_only=False), "ms" if dated else unit
         yield checked(file, first + np.arange(len(batch)), who, what, stamps, faults, unit=unit)
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -22,6 +23,7 @@ from mmm4rec.data.reviews.source import RawSource
 from mmm4rec.data.strict import Faults, plain_name, read_columns, read_header, read_parquet
 from mmm4rec.errors import BadInput
 
+log = logging.getLogger(__name__)
 TimeUnit = Literal["s", "ms", "us", "ns"]
 SUFFIXES = {"csv": ",", "tsv": "\t", "parquet": ""}  # with the delimiter
 PARTS = ("title", "text", "brand", "category", "description", "image_url")
@@ -51,6 +53,9 @@ class Columns:
         """From NAME=COLUMN pairs. Raises BadInput for an unknown name."""
         known = {field.name for field in fields(cls)}
         told = dict(pair.partition("=")[::2] for pair in pairs)
+        roles = [told.get(name, name) for name in ("user", "item", "time")]
+        if len(set(roles)) < len(roles):
+            raise BadInput(f"--columns gives one column two meanings: {', '.join(roles)}.", remedy="Name user, item and time apart.")
         wrong = sorted(name for name, column in told.items() if name not in known or not column)
         if wrong:
             raise BadInput(f"--columns does not know {', '.join(wrong)}.", remedy=f"Give NAME=COLUMN with {', '.join(sorted(known))}.")
@@ -59,17 +64,31 @@ class Columns:
         except ValueError as error:
             raise BadInput(str(error), remedy="Correct --columns.") from error
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Those that are not called what they are called by default."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) != field.default}
+
 
 def find(files: Sequence[Path], beside: Sequence[Path], columns: Columns, name: str) -> list[RawSource]:
-    """The domain whose tables stand among these files: interactions.*, or the only table; named `name` or after its file."""
+    """The domain whose tables stand among these files: interactions.*, or the only table; named `name` or after its file.
+
+    Raises BadInput where `columns` names what the table does not have.
+    """
     tables = [file for file in files if not file.is_dir() and _kind(file) in SUFFIXES]
     chosen = [file for file in tables if _stem(file) == "interactions"] or (tables if len(files) == 1 else [])
     sources = []
     for file in chosen[:1]:
         names = _names(file)
+        absent = [columns.named[part] for part in ("user", "item", "time") if part in columns.named and columns.named[part] not in names]
+        if absent:
+            rule = f"has no column {', '.join(absent)}; its columns are {', '.join(names)}."
+            raise BadInput(rule, file=file, line=1, remedy="Correct --columns.")
         if columns.user in names and columns.item in names:
             items = tuple(each for each in beside if not each.is_dir() and _stem(each) == "items" and _kind(each) in SUFFIXES)[:1]
             rows, timed = partial(_rows, file, names, columns), columns.time in names
+            if not timed:
+                log.warning("%s has no column %s: the domain has no times", file.name, columns.time)
             called = name if _stem(file) == "interactions" else _stem(file)
             sources.append(RawSource("table", called, (file,), items, rows, partial(_items, items, columns), timed=timed))
     return sources
@@ -111,6 +130,11 @@ def _items(files: tuple[Path, ...], columns: Columns, faults: Faults) -> Iterato
         names = _names(file)
         if columns.item not in names:
             raise BadInput(f"has no column {columns.item}.", file=file, remedy="Name it with --columns item=COLUMN.")
+        absent = [columns.named[part] for part in PARTS if part in columns.named and columns.named[part] not in names]
+        if absent:
+            raise BadInput(
+                f"has no column {', '.join(absent)}; its columns are {', '.join(names)}.", file=file, remedy="Correct --columns."
+            )
         here = {part: getattr(columns, part) for part in PARTS if getattr(columns, part) in names}
         for row in _records(file, names, {"item": columns.item, **here}, faults):
             if row["item"]:
