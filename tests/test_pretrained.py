@@ -366,7 +366,7 @@ def test_what_is_no_whole_known_encoder_is_refused(
     spoil: Callable[[dict[str, Path], Path], None], models: dict[str, Path], tmp_path: Path
 ) -> None:
     spoil(models, tmp_path / "model")
-    with pytest.raises(BadInput, match="cannot be loaded|lacks weights|pools by lasttoken"):
+    with pytest.raises(BadInput, match=r"cannot be loaded|lacks weights|pools by lasttoken"):
         PretrainedEncoder(PretrainedConfig(str(tmp_path / "model"), device="cpu"))
     assert not (tmp_path / "model" / "ran").exists()
 
