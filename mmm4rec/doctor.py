@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from mmm4rec.device import choose_device
 from mmm4rec.execute import code_version
 from mmm4rec.models import ssd
-from mmm4rec.run import choose_device
 
 EXTRAS = {
     "prepare": ("duckdb", "urllib3", "pillow"),

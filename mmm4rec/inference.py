@@ -18,12 +18,13 @@ from mmm4rec.config import from_dict
 from mmm4rec.data.batches import DomainData, cut, in_order
 from mmm4rec.data.domain import open_domain
 from mmm4rec.data.features import load_features
+from mmm4rec.device import choose_device
 from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.models.recommender import Recommender
-from mmm4rec.run import RunConfig, check_encoders, check_unseen, choose_device, domain_data
+from mmm4rec.run import RunConfig, check_encoders, check_unseen, domain_data
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.evaluate import Ranking
 

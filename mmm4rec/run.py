@@ -15,6 +15,7 @@ from mmm4rec.config import to_dict
 from mmm4rec.data.batches import DomainData, TimeView
 from mmm4rec.data.domain import Domain, Examples, open_domain
 from mmm4rec.data.features import Damage, ItemFeatures, Modality, load_features
+from mmm4rec.device import choose_device
 from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.last_item import LastItem
 from mmm4rec.models.baselines.popularity import Popularity
@@ -219,13 +220,3 @@ def check_unseen(metadata: dict[str, Any], domains: Sequence[Domain], source: st
         if domain.fingerprint in seen:
             rule = f"was pre-trained on all targets of domain '{domain.name}', the test split's too: a figure on it would mean nothing."
             raise BadInput(rule, file=source, remedy="Pre-train without this domain, or with data.examples=train.")
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=torch.device(name)).device
-    except (RuntimeError, AssertionError) as error:  # torch's words for: no such device here
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"device is '{name}', which this machine does not have ({reason}).", remedy="Use auto, cpu or cuda.") from error

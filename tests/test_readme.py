@@ -16,7 +16,17 @@ def rows_of(file: Path) -> list[list[str]]:
     """The cells of each Markdown row of figures; headers, rules and the table of switches are left out."""
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    no_figures = {"domain", "switch", "Δ ndcg@10", "Δ hit@10", "what", "loss", "ratings", "examples a step", "stands for a missing modality"}
+    no_figures = {
+        "domain",
+        "switch",
+        "Δ ndcg@10",
+        "Δ hit@10",
+        "what",
+        "loss",
+        "ratings",
+        "examples a step",
+        "stands for a missing modality",
+    }
     return [row for row in rows if row[0] not in no_figures and set(row[0]) != {"-"} and row[0][0] != "`"]
 
 
@@ -25,7 +35,11 @@ RERUN_HERE = any((ROOT / "results").glob("*/mlflow.db"))
 
 @pytest.mark.skipif(RERUN_HERE, reason="a study was run here: results/ holds this machine's figures, the README the committed ones")
 def test_every_row_stands_in_a_generated_table() -> None:
-    files = [*sorted((ROOT / "results").glob("*/tables/*.md")), *sorted((ROOT / "results").glob("benchmark*.md")), ROOT / "results/robustness/choices.md"]
+    files = [
+        *sorted((ROOT / "results").glob("*/tables/*.md")),
+        *sorted((ROOT / "results").glob("benchmark*.md")),
+        ROOT / "results/robustness/choices.md",
+    ]
     generated = [row for file in files for row in rows_of(file)]
     shown = rows_of(ROOT / "README.md")
     assert len(shown) == (12 + 15) + 2 * 2 + (12 + 5) + 3 + 3 + 4 + 4

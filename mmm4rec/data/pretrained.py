@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mmm4rec.data.encode import encode_extra
 from mmm4rec.data.features import Modality
+from mmm4rec.device import choose_device
 from mmm4rec.errors import BadInput
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class PretrainedEncoder:
         """Load it, and encode something. Raises BadInput when that fails: nothing there, its own code, pickled or absent weights."""
         with encode_extra():
             import transformers
-        self.config, self.device, self.version = config, _device(config.device), _version(config)
+        self.config, self.device, self.version = config, choose_device(config.device), _version(config)
         told: dict[str, Any] = {"trust_remote_code": False} | ({} if Path(config.source).is_dir() else {"revision": self.version})
         with _loading(config.source), _quiet(transformers):
             how: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
@@ -193,16 +194,6 @@ def _asked_pooling(config: PretrainedConfig, version: str) -> str:
         rule = f"pools by {', '.join(sorted(modes))}, of which only cls_token or mean_tokens alone is known here."
         raise BadInput(rule, file=config.source, remedy="Give --pooling mean or cls.")
     return "cls" if "cls_token" in modes else "mean"
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch's words for: no such device here
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"device is '{name}', which this machine does not have ({reason}).", remedy="Use auto, cpu or cuda.") from error
 
 
 def _version(config: PretrainedConfig) -> str:
