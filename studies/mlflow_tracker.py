@@ -47,6 +47,7 @@ class MlflowTracker:
         self._uri, self._own = uri or store_uri(folder), uri is None
         self._cells = {cell.name: cell for cell in cells}
         self._runs: dict[tuple[str, str], str] = {}  # (phase, key) -> run id, of runs that are not over
+        self._told: set[str] = set()  # cells whose run has their facts
         self._doubtful: set[tuple[str, str]] = set()  # whose creation failed: they may exist all the same
         self._pretrain_steps = 0  # of pre-training, whose reports MLflow has from this process
         self._logged: dict[str, int] = {}  # trial_key -> epochs in MLflow, of trials that run
@@ -178,11 +179,12 @@ class MlflowTracker:
         )
 
     def _cell_run(self, name: str) -> str:
-        if ("cell", name) not in self._runs:
-            run = self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=cell_tags(self._cells[name]), parent=self._study_run())
+        run = self._run("cell", name, name=name, start_ms=self._begun_ms(), tags=cell_tags(self._cells[name]), parent=self._study_run())
+        if name not in self._told:  # a store that went away after the run was made has not been told
             back = self._client.get_run(run).data.tags.get("mmm4rec.outcome") == "superseded"  # it had been taken out of the spec
             self._write(run, tags=self._cell_facts(name) | ({"mmm4rec.outcome": "running"} if back else {}))
-        return self._runs["cell", name]
+            self._told.add(name)
+        return run
 
     def _cell_facts(self, name: str) -> dict[str, str]:
         return cell_facts(self._cells[name], list(self._cells).index(name), self._spec)

@@ -138,12 +138,13 @@ def read_study(source: Runs) -> TrackedStudy:
     runs = source.runs
     runs = runs if "tags.mmm4rec.phase" in runs else runs.assign(**{"tags.mmm4rec.phase": None})
     phases, outcomes = runs["tags.mmm4rec.phase"], _column(runs, "tags.mmm4rec.outcome")
+    whole = runs["status"] != "RUNNING"  # it is told last; a store that is written to may show a run's tags before its metrics
     cells = runs[(phases == "cell") & (outcomes != "superseded")]
     cells = cells[[_fact(row, "position") is not None for row in _rows(cells)]]  # a run's facts are written after it
     if cells.empty:
         raise BadInput("the store has no cell of this study yet.", remedy="Run the study first, or correct its folder or --store.")
-    confirmed = runs[(phases == "confirm") & (outcomes == "finished")]
-    searched = runs[(phases == "search") & outcomes.isin(["finished", "pruned"])]
+    confirmed = runs[(phases == "confirm") & (outcomes == "finished") & whole]
+    searched = runs[(phases == "search") & outcomes.isin(["finished", "pruned"]) & whole]
     _check(confirmed)
     metrics = sorted(set(_column(cells, "tags.mmm4rec.metric").fillna(DEFAULT_METRIC)))
     ours = pd.concat([confirmed, searched])

@@ -76,7 +76,7 @@ def test_a_small_one_runs_in_reused_processes(tmp_path: Path, monkeypatch: pytes
     assert text == table(found)
     for part in ("sleeping", "real"):
         assert found[part]["trials"] == 24
-        assert found[part]["processes"] == 2
+        assert 1 <= found[part]["processes"] <= 2  # on a busy machine one may do them all before the other is up
         assert found[part]["overhead_seconds"]["median"] > 0
     assert found["sleeping"]["times_the_ideal"] > 1
     inside = found["real"]["inside_seconds"]

@@ -427,6 +427,27 @@ print(reads, most)
 """
 
 
+def test_a_cells_facts_are_told_though_the_store_went_away_after_its_run_was_made(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, failures = MlflowTracker._write, [1, 1]
+
+    def write(self: MlflowTracker, run: str, **told: Any) -> None:
+        if failures and "mmm4rec.position" in (told.get("tags") or {}):
+            failures.pop()
+            raise ConnectionError("gone")
+        original(self, run, **told)
+
+    monkeypatch.setattr(MlflowTracker, "_write", write)
+    journal = new_journal(folder)
+    trial = journal.start(SCRATCH, "confirm", 0, 0, {})
+    add_epochs(journal, trial.trial_key, 1, 2)
+    with tracking(folder) as tracker:
+        tracker.trial(trial.trial_key)
+        tracker.finish([])
+    assert not failures
+    assert len(read_study(MlflowRuns(folder)).cells) == 2
+    journal.close()
+
+
 @pytest.mark.slow
 def test_a_burst_of_100_trials_meets_no_locked_database_while_another_process_reads(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
