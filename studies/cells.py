@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ class Source:
     fingerprint: str
     has_timestamps: bool
     features: Mapping[str, str] | None = None  # digest a modality; None: not looked at yet
+    encoders: Mapping[str, str] = field(default_factory=dict, compare=False)  # what made them
 
 
 @dataclass(frozen=True)

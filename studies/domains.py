@@ -82,4 +82,5 @@ def _sources(places: Mapping[str, Path]) -> dict[str, Source]:
 def source_of(domain: Domain) -> Source:
     tables = {modality: open_features(domain, modality) for modality in MODALITIES}
     digests: dict[str, str] = {modality: table.digest for modality, table in tables.items() if table is not None}
-    return Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None, digests)
+    encoders: dict[str, str] = {modality: table.encoder for modality, table in tables.items() if table is not None}
+    return Source(str(domain.path.resolve()), domain.fingerprint, domain.timestamps is not None, digests, encoders)

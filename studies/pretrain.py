@@ -86,12 +86,19 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
 
 
 def _zero_shot(spec: Spec, sources: Mapping[str, Source]) -> list[str]:
-    """The folders of the cells' domains that a model of the sources can rank: with features, and times where it reads them."""
+    """The folders of the domains that a model of the sources can rank: with features of its encoders, and times where it reads them."""
     assert spec.pretrain is not None
     timed = all(sources[name].has_timestamps for name in spec.pretrain.sources)
     names = dict.fromkeys(name for group in spec.cells for name in group.domains if name not in spec.pretrain.sources)
     targets = [sources[name] for name in names if name in sources]
-    return [source.path for source in targets if source.features and (source.has_timestamps or not timed)]
+    read = {modality: encoder for name in spec.pretrain.sources for modality, encoder in sources[name].encoders.items()}
+    return [
+        source.path
+        for source in targets
+        if source.features
+        and (source.has_timestamps or not timed)
+        and all(read.get(modality, encoder) == encoder for modality, encoder in source.encoders.items())
+    ]
 
 
 def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: MlflowTracker) -> Path | None:

@@ -164,6 +164,9 @@ def test_target_domains_are_watched_where_the_model_can_rank_them() -> None:
     assert pretrain_config(spec_of(zero_shot=False), watched).data.zero_shot == ()
     assert pretrain_config(spec_of(model={"ids": True}), watched).data.zero_shot == ()
     assert pretrain_config(spec_of(), watched | {"attic": replace(attic, features={})}).data.zero_shot == ()
+    lexical = {"bazaar": replace(bazaar, encoders={"text": "lexical"})}
+    for encoders, seen in (({"text": "lexical"}, ("/attic",)), ({"text": "other"}, ()), ({"image": "other"}, ("/attic",))):
+        assert pretrain_config(spec_of(), lexical | {"attic": replace(attic, encoders=encoders)}).data.zero_shot == seen
     assert pretrain_config(spec_of(), watched | {"attic": replace(attic, has_timestamps=False)}).data.zero_shot == ()
     untimed = {"bazaar": replace(bazaar, has_timestamps=False), "attic": replace(attic, has_timestamps=False)}
     assert pretrain_config(spec_of(), untimed).data.zero_shot == ("/attic",)
