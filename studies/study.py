@@ -251,7 +251,8 @@ def _supersede(journal: Journal, key: str, now: Mapping[str, Any], cells: Mappin
 
 def _cell_facts(cell: Cell) -> dict[str, Any]:
     facts = to_dict(cell)
-    facts["source"].pop("path")
+    for name in ("path", "encoders"):  # the features' digests tell these apart too
+        facts["source"].pop(name)
     return json.loads(json.dumps(facts))
 
 
