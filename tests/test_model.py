@@ -155,6 +155,24 @@ def test_what_else_may_stand_for_a_missing_modality(missing: str, make_domain: C
     assert score(model, features, make_batch(domain, *domain.examples("test"), max_len=8, time=True)).isfinite().all()
 
 
+def test_an_item_of_nothing_has_no_endless_gradient(make_domain: Callable[..., Domain]) -> None:
+    """With `zero`, an item without features whose id is 0 yet: its length is 0, by which no gradient may be divided."""
+    domain = make_domain()
+    for modality in ("text", "image"):
+        vectors = np.load(domain.path / "features" / f"{modality}.npy")
+        add_features(domain, modality, vectors, np.arange(1, 31) != 5, encoder=f"random-{modality}", force=True)  # type: ignore[arg-type]
+    model, features = build(domain, missing="zero")
+    with torch.no_grad():
+        for table in model.ids.values():
+            table.zero_()
+    catalogue = model.items(features)
+    assert not catalogue.candidates[5].any()
+    catalogue.candidates.sum().backward()
+    for table in model.ids.values():
+        assert table.grad is not None
+        assert 0 < table.grad.abs().max() < 1e6
+
+
 def test_one_modality_ignores_the_other(make_domain: Callable[..., Domain]) -> None:
     domain = make_domain()
     model, features = build(domain, modalities="text", ids=False)
