@@ -103,6 +103,8 @@ def _convert_dataclass(cls: type, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise BadInput(f"{place}is {value!r}; it must be a mapping of keys.", file=source, remedy="Write `key: value` lines.")
     kinds = typing.get_type_hints(cls)
+    if hasattr(cls, "field_kinds"):  # a key whose type another key decides
+        kinds |= cls.field_kinds(value)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     unknown = sorted(map(str, set(value) - set(fields)))
     if unknown:

@@ -20,9 +20,7 @@ from mmm4rec.data.domain import open_domain
 from mmm4rec.data.features import load_features
 from mmm4rec.device import choose_device
 from mmm4rec.errors import BadInput
-from mmm4rec.models.baselines.last_item import LastItem
-from mmm4rec.models.baselines.popularity import Popularity
-from mmm4rec.models.mmm4rec import MMM4Rec
+from mmm4rec.models.kinds import KINDS, Shop, anywhere
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.run import RunConfig, check_encoders, check_unseen, domain_data
 from mmm4rec.training.checkpoint import load_model
@@ -41,28 +39,24 @@ def open_model(
     """
     weights, metadata = load_model(model_file)
     config = from_dict(RunConfig, metadata["config"], source=str(model_file))
-    config = replace(config, model=replace(config.model, scan="auto"))  # it was trained with what its machine had
+    config = replace(config, model=anywhere(config.model))
     domain, chosen = open_domain(domain_folder), choose_device(device)
     told = config.data
     features = load_features(domain, config.model.streams, shuffle_seed=told.shuffle_features, damage=told.damage)
-    per_item = config.model.ids or config.model.fusion == "dynamic_instance" or config.recommender == "popularity"
-    if per_item and domain.fingerprint not in metadata["fingerprints"].values():
+    if config.model.per_item and domain.fingerprint not in metadata["fingerprints"].values():
         known = ", ".join(f"'{name}' ({mark})" for name, mark in metadata["fingerprints"].items()) or "a domain that it does not name"
         rule = f"has learned single items of {known}; domain '{domain.name}' is {domain.fingerprint}."
         remedy = (
             "Fine-tune it on this domain: mmm4rec train --init; or bind an imported checkpoint to its domain: import-published --domain"
         )
         raise BadInput(rule, file=model_file, remedy=remedy)
-    if config.model.time and domain.timestamps is None and config.recommender == "mmm4rec":
+    if config.model.time and domain.timestamps is None:
         raise BadInput(f"reads times, and domain '{domain.name}' has none.", file=model_file, remedy="Train with model.time=false.")
     check_encoders(metadata, [features], [domain], model_file)
     if unseen:
         check_unseen(metadata, [domain], model_file)
-    model: Recommender
-    if config.recommender == "mmm4rec":
-        model = MMM4Rec(config.model, feature_dimensions=metadata["feature_dimensions"], n_items=metadata["n_items"])
-    else:
-        model = Popularity(domain) if config.recommender == "popularity" else LastItem()
+    shop = Shop(domain, metadata["n_items"], metadata["feature_dimensions"])
+    model = KINDS[config.recommender].build(config.model, shop)
     model.load_state_dict(weights)
     if mask_seen is not None:
         config = replace(config, data=replace(config.data, mask_seen=mask_seen))

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,9 +17,7 @@ from mmm4rec.data.domain import Domain, Examples, open_domain
 from mmm4rec.data.features import Damage, ItemFeatures, Modality, load_features
 from mmm4rec.device import choose_device
 from mmm4rec.errors import BadInput
-from mmm4rec.models.baselines.last_item import LastItem
-from mmm4rec.models.baselines.popularity import Popularity
-from mmm4rec.models.mmm4rec import MMM4Rec, ModelConfig
+from mmm4rec.models.kinds import KINDS, Name, Shop
 from mmm4rec.models.recommender import Recommender
 from mmm4rec.models.ssd import why_no_kernel
 from mmm4rec.training.checkpoint import Transfer, hash_file, load_model, transfer
@@ -53,9 +51,9 @@ class RunConfig:
     """All that decides a run's numbers, with the code version."""
 
     data: DataConfig
-    model: ModelConfig = field(default_factory=ModelConfig)
+    model: Any = None  # the recommender's own config (models/kinds.py); None: its defaults
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
+    recommender: Name = "mmm4rec"
     init: str | None = None  # best.safetensors to transfer from; None: from scratch
     seed: int = 0
     device: str = "auto"
@@ -64,6 +62,17 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0.")
+        kind = KINDS[self.recommender]
+        if self.model is None:
+            object.__setattr__(self, "model", kind.config())
+        if not isinstance(self.model, kind.config):
+            raise ValueError(f"model is a {type(self.model).__name__}; {self.recommender} needs a {kind.config.__name__}.")
+
+    @staticmethod
+    def field_kinds(told: dict[str, Any]) -> dict[str, type]:
+        """Which config `model` is, for from_dict."""
+        name = told.get("recommender", "mmm4rec")
+        return {"model": KINDS[name].config} if name in get_args(Name) else {}
 
 
 @dataclass(frozen=True)
@@ -96,6 +105,10 @@ def assemble(config: RunConfig) -> Assembled:
     moved, init_hash = None, None
     if config.init is not None:
         weights, metadata = load_model(config.init)
+        if (kind := metadata["config"].get("recommender", "mmm4rec")) != config.recommender:
+            raise BadInput(
+                f"holds a model of {kind}; the run's recommender is {config.recommender}.", file=config.init, remedy="Name that."
+            )
         check_encoders(metadata, features, domains, config.init)
         check_unseen(metadata, domains, config.init)
         moved, init_hash = transfer(model, weights, source=config.init), hash_file(config.init)
@@ -120,13 +133,12 @@ def resolve(config: RunConfig, domains: tuple[Domain, ...]) -> RunConfig:
     """The config as it can be run: time off without timestamps, ids off over several domains, no epochs without training."""
     model, training = config.model, config.training
     untimed = [domain.name for domain in domains if domain.timestamps is None]
-    if model.time and untimed and config.recommender == "mmm4rec":
+    if model.time and untimed:
         log.warning("domain %s has no timestamps: model.time is turned off, and with it the Fourier filter", ", ".join(untimed))
-    if untimed:
         model = replace(model, time=False)
-    if len(domains) > 1 and model.ids:
-        model = replace(model, ids=False)
-    if config.recommender != "mmm4rec":
+    if len(domains) > 1:
+        model = model.without_ids()
+    if not KINDS[config.recommender].trained:
         training = replace(training, epochs=0, report_untrained=True)
     return replace(config, model=model, training=training)
 
@@ -161,7 +173,7 @@ def _unseen_data(
 ) -> DomainData:
     """A domain that is validated and not trained on."""
     domain = open_domain(path)
-    if config.model.ids:
+    if config.model.per_item:
         raise BadInput("data.zero_shot needs a model without item ids.", file=path, remedy="Set model.ids=false.")
     if domain.fingerprint in {source.fingerprint for source in domains}:
         raise BadInput(f"domain '{domain.name}' is trained on too.", file=path, remedy="Take it out of data.zero_shot.")
@@ -171,20 +183,16 @@ def _unseen_data(
 
 
 def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:
-    if len(domains) > 1 and (config.recommender != "mmm4rec" or config.model.fusion == "dynamic_instance"):
-        what = config.recommender if config.recommender != "mmm4rec" else "fusion dynamic_instance"
+    kind, model, first = KINDS[config.recommender], config.model, domains[0]
+    if len(domains) > 1 and model.per_item:
+        what = f"{config.recommender} with these settings"
         raise BadInput(f"{what} belongs to the items of one domain, and the run has {len(domains)}.", remedy="Name one domain.")
-    if config.recommender == "popularity":
-        return Popularity(domains[0])
-    if config.recommender == "last_item":
-        if not features[0].vectors:
-            raise BadInput(f"domain '{domains[0].name}' has no features.", file=domains[0].path, remedy="Run: mmm4rec encode DOMAIN")
-        return LastItem()
-    if not config.model.ids and not any(part.vectors for part in features):
-        rule = f"no domain has {' or '.join(config.model.streams)} features, and ids are off: there is nothing to learn from."
-        raise BadInput(rule, file=domains[0].path, remedy="Run: mmm4rec encode DOMAIN")
-    n_items = domains[0].n_items if len(domains) == 1 else None
-    return MMM4Rec(config.model, feature_dimensions=_shared_dimensions(features, domains), n_items=n_items)
+    if not any(part.vectors for part in features) and (kind.needs_features or not model.per_item):
+        needed = " or ".join(model.streams) or "text or image"
+        rule = f"no domain has {needed} features, and {config.recommender} has nothing else to learn from."
+        raise BadInput(rule, file=first.path, remedy="Run: mmm4rec encode DOMAIN")
+    n_items = first.n_items if len(domains) == 1 else None
+    return kind.build(model, Shop(first, n_items, _shared_dimensions(features, domains)))
 
 
 def _shared_dimensions(features: Sequence[ItemFeatures], domains: Sequence[Domain]) -> dict[Modality, int]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
+from mmm4rec.models.kinds import KINDS, Kind, Name
 from mmm4rec.models.mmm4rec import ModelConfig
 from mmm4rec.training.checkpoint import load_description
 from studies.space import Parameter, broken_condition
@@ -91,7 +92,8 @@ def _pretrained_depth(spec: Spec) -> int | None:
     if spec.pretrain is None:
         return None
     if spec.pretrain.checkpoint is None:
-        return from_dict(ModelConfig, merge(spec.model, spec.pretrain.model), source=f"study {spec.study}, pretrain").layers
+        kind, told = spec.pretrain.recommender, merge(known_model(spec.pretrain.recommender, spec.model), spec.pretrain.model)
+        return int(from_dict(KINDS[kind].config, told, source=f"study {spec.study}, pretrain").layers)
     file = Path(spec.pretrain.checkpoint)
     return int(load_description(file)["config"]["model"]["layers"]) if file.is_file() else None
 
@@ -106,8 +108,10 @@ def _featureless(cells: Sequence[Cell]) -> tuple[str, ...]:
 def _dropped_layers(cells: Sequence[Cell], depth: int | None) -> tuple[str, ...]:
     warnings = []
     for cell in cells:
-        layers = from_dict(ModelConfig, cell.run["model"], source=f"cell {cell.name}").layers
-        if cell.init == "pretrained" and depth is not None and layers < depth:
+        if cell.init != "pretrained" or depth is None:
+            continue
+        layers = from_dict(KINDS[cell.run["recommender"]].config, cell.run["model"], source=f"cell {cell.name}").layers
+        if layers < depth:
             dropped = ", ".join(str(number) for number in range(layers + 1, depth + 1))  # counted from 1
             warnings.append(f"cell '{cell.name}' has {layers} of the {depth} pre-trained layers: layer {dropped} is dropped.")
     return tuple(warnings)
@@ -125,25 +129,33 @@ def _check_unseen(spec: Spec, pairs: Sequence[tuple[str, str]], sources: Mapping
 
 def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: int | None) -> Cell:
     arm, budget = spec.arms[arm_name], spec.budget
-    trained = arm.recommender == "mmm4rec" and not arm.zero_shot
-    model = merge(merge(spec.model, {} if depth is None else {"layers": depth}), arm.model)
+    kind, name = KINDS[arm.recommender], f"{domain}/{arm_name}"
+    trained = kind.trained and not arm.zero_shot
+    deep = {"layers": depth} if depth is not None and arm.recommender == spec.pretrained_kind else {}
+    model = merge(merge(known_model(arm.recommender, spec.model), deep), arm.model)
     if arm.zero_shot:
         model["ids"] = False
-    if not source.has_timestamps:
+    if not source.has_timestamps and "time" in known_fields(arm.recommender):
         model["time"] = False
     if forbidden := {"epochs", "valid_metric"} & set(arm.training):
         rule = f"arm '{arm_name}' sets training.{min(forbidden)}, which is the same for every arm."
         raise BadInput(rule, remedy="Write budget.epochs or metric for the whole study.")
     training = merge(merge(spec.training, arm.training), {"epochs": 0 if arm.zero_shot else budget.epochs, "valid_metric": spec.metric})
-    space = {name: parameter for name, parameter in {**spec.space, **arm.space}.items() if parameter is not None}
-    if not from_dict(ModelConfig, model, source=f"cell {domain}/{arm_name}").has_filter:
+    if wrong := [key for key, parameter in arm.space.items() if parameter is not None and not _searchable(kind, arm.recommender, key)]:
+        rule = f"arm '{arm_name}' searches {wrong[0]}, which {arm.recommender} does not read."
+        raise BadInput(rule, remedy=f"Its own: {', '.join(f'model.{key}' for key in known_fields(arm.recommender))}.")
+    shared = {key: parameter for key, parameter in spec.space.items() if _searchable(kind, arm.recommender, key)}
+    space = {key: parameter for key, parameter in {**shared, **arm.space}.items() if parameter is not None}
+    config = from_dict(kind.config, model, source=f"cell {name}")
+    if isinstance(config, ModelConfig) and not config.has_filter:
         if arm.space.get(FILTER_SIZE) is not None:
-            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{domain}/{arm_name}' has no Fourier filter to size."
+            rule = f"arm '{arm_name}' searches {FILTER_SIZE}, and cell '{name}' has no Fourier filter to size."
             raise BadInput(rule, remedy="Take it out of the arm's space.")
         space.pop(FILTER_SIZE, None)
         model.pop("filter_size", None)
     if broken := broken_condition(space):
-        raise BadInput(f"the space of cell '{domain}/{arm_name}' is wrong: {broken}", remedy="Correct `when`, or the order of the space.")
+        raise BadInput(f"the space of cell '{name}' is wrong: {broken}", remedy="Correct `when`, or the order of the space.")
+    searched = space and not arm.zero_shot
     return Cell(
         domain=domain,
         arm=arm_name,
@@ -157,11 +169,27 @@ def _build_cell(spec: Spec, domain: str, arm_name: str, source: Source, depth: i
             "training": training,
             "device": "cuda" if spec.resources.gpus else "cpu",
         },
-        space=space if trained else {},
+        space=space if searched else {},
         metric=spec.metric,
-        search_trials=budget.search_trials if space and trained else 0,
+        search_trials=budget.search_trials if searched else 0,
         confirm_seeds=budget.confirm_seeds if trained else 1,  # the others draw nothing at random
     )
+
+
+def _searchable(kind: Kind, recommender: Name, key: str) -> bool:
+    """Whether a parameter of a search space changes anything in a run of this recommender."""
+    section, _, name = key.partition(".")
+    return name.partition(".")[0] in known_fields(recommender) if section == "model" else kind.trained
+
+
+def known_fields(recommender: Name) -> tuple[str, ...]:
+    """What a recommender's config knows."""
+    return tuple(field.name for field in fields(KINDS[recommender].config))
+
+
+def known_model(recommender: Name, model: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a study's `model` that a recommender's config knows."""
+    return {key: value for key, value in model.items() if key in known_fields(recommender)}
 
 
 def nested(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from mmm4rec.config import from_dict, merge
 from mmm4rec.data.sampler import Plan
+from mmm4rec.models.kinds import KINDS, anywhere
 from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training.evaluate import evaluate
 from mmm4rec.training.loop import Run, TrainingConfig, matmul_precision
@@ -116,7 +117,7 @@ def expected_cost(spec: Spec, cells: Sequence[Cell], weights: Mapping[str, Weigh
 
 
 def _cell_cost(budget: Budget, cell: Cell, weight: Weight | None) -> CellCost:
-    trained = cell.run["recommender"] == "mmm4rec"
+    trained = KINDS[cell.run["recommender"]].trained
     confirm_epochs = cell.confirm_seeds * budget.epochs if trained else 0
     return CellCost(
         cell=cell.name,
@@ -193,7 +194,7 @@ def weigh(config: RunConfig) -> Weight:
 
     Raises BadInput where domain, features and config do not fit together.
     """
-    run = assemble(replace(config, device="cpu", model=replace(config.model, scan="auto"))).run
+    run = assemble(replace(config, device="cpu", model=anywhere(config.model))).run
     return Weight(_parameters(run))
 
 

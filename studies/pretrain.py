@@ -37,7 +37,7 @@ from mmm4rec.run import RunConfig
 from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.loop import Diverged, EpochReport
-from studies.cells import Source
+from studies.cells import Source, known_fields, known_model
 from studies.checkpoints import RecentCheckpoints, newest_steps
 from studies.conductor import read_lines, whole_lines
 from studies.files import logged
@@ -63,7 +63,11 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
     unknown = sorted(set(spec.pretrain.sources) - set(sources))
     if unknown:
         raise BadInput(f"pre-training names the unknown domain {', '.join(unknown)}.", remedy=f"Known: {', '.join(sources)}.")
-    model = merge(merge(spec.model, {"ids": False}), spec.pretrain.model)
+    kind = spec.pretrain.recommender
+    if "ids" not in known_fields(kind):
+        rule = f"pre-training on several domains needs a model that can be without item ids, and {kind} cannot."
+        raise BadInput(rule, remedy="Name another recommender: mmm4rec, sasrec with content, unisrec or missrec.")
+    model = merge(merge(known_model(kind, spec.model), {"ids": False}), spec.pretrain.model)
     told = {
         "data": {
             "domains": [sources[name].path for name in spec.pretrain.sources],
@@ -71,6 +75,7 @@ def pretrain_config(spec: Spec, sources: dict[str, Source]) -> RunConfig:
             "examples": "all",
             "mask_seen": spec.mask_seen,
         },
+        "recommender": kind,
         "model": model,
         "training": merge({"loss": "in_batch", "steps_between_reports": STEPS_BETWEEN_REPORTS, "divergence": 3.0}, spec.pretrain.training),
         "seed": spec.seed,
@@ -122,7 +127,7 @@ def pretrain(spec: Spec, sources: dict[str, Source], places: Places, tracker: Ml
             _train(spec, sources, places, place)
         if places.storage is not None:
             place.pull(out, FILES)
-    if not (out / MODEL).exists():
+    if spec.pretrain.recommender == "mmm4rec" and not (out / MODEL).exists():
         export(out)
     tell(tracker, out)
     return out / "best.safetensors"

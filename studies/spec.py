@@ -3,12 +3,12 @@
     study: demo                     # the name of the folder under --out
     domains: {demo: true}           # or {demo: {targets: [attic], sizes: {attic: [users, items]}}}, generated shops of your own;
                                     # or {prepare: {name: folder under --data}, text_encoder: {...}}
-    pretrain: {sources: [...], training: {...}, workers: 2}     # or {checkpoint: path}
+    pretrain: {sources: [...], training: {...}, workers: 2}     # or {checkpoint: path}; recommender: unisrec for another model
     model: {width: 64}              # what every run starts from, pre-training too
     training: {batch_size: 256}     # what every cell starts from
     space: {training.learning_rate: {low: 1e-4, high: 1e-2, log: true}}      # or choices; integer; when: {other: [value]}
     metric: ndcg@10                 # of validation: what is searched, pruned and chosen by
-    arms: {pretrained: {init: pretrained}, text_only: {init: pretrained, model: {modalities: text}}}
+    arms: {pretrained: {init: pretrained}, text_only: {init: pretrained, model: {modalities: text}}, sasrec: {recommender: sasrec}}
     cells: [{domains: [...], arms: [...]}]
     baseline: scratch               # the arm that every other one is compared with, user by user (optional)
     mask_seen: false                # true: what a user has had is left out of the ranking, in every run
@@ -17,7 +17,8 @@
     resources: {concurrent: 2, cpus: 1, gpus: 0.5, retries: 2, disk_gb: 100}
     stores: {storage: s3://bucket/studies, optuna: "postgresql://me:${PGPASSWORD}@db/optuna", mlflow: http://tracking:5000}
 
-An arm is never a dimension of the search: every cell is searched alone.
+An arm is never a dimension of the search: every cell is searched alone. Of the study's `model` and `space` a recommender takes what
+its own config knows (mmm4rec/models/kinds.py); what an arm itself says must fit.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from typing import Any, Literal
 from mmm4rec.config import from_dict, load_yaml, to_dict
 from mmm4rec.data.demo import DemoConfig
 from mmm4rec.errors import BadInput
+from mmm4rec.models.kinds import Name
 from mmm4rec.training.metrics import METRIC_NAMES
 from studies.space import Parameter
 
@@ -72,6 +74,7 @@ class Pretrain:
 
     sources: tuple[str, ...] = ()
     checkpoint: str | None = None
+    recommender: Name = "mmm4rec"  # what is pre-trained, and what the pretrained arms are
     model: dict[str, Any] = field(default_factory=dict)  # on top of the study's model
     training: dict[str, Any] = field(default_factory=dict)
     zero_shot: bool = True  # rank the validation examples of the cells' domains after every epoch
@@ -98,7 +101,7 @@ class Arm:
     """A treatment: what it changes in the study's run."""
 
     init: Literal["pretrained", "scratch"] = "scratch"
-    recommender: Literal["mmm4rec", "popularity", "last_item"] = "mmm4rec"
+    recommender: Name = "mmm4rec"
     zero_shot: bool = False  # the pre-trained model as it is: not trained on the domain, without ids
     shuffle_features: bool = False  # deal the items' features out anew, by the trial's seed
     model: dict[str, Any] = field(default_factory=dict)
@@ -106,8 +109,8 @@ class Arm:
     space: dict[str, Parameter | None] = field(default_factory=dict)  # over the study's space; null takes one away
 
     def __post_init__(self) -> None:
-        if self.zero_shot and (self.init != "pretrained" or self.recommender != "mmm4rec"):
-            raise ValueError("zero_shot needs init: pretrained, and no other recommender.")
+        if self.zero_shot and self.init != "pretrained":
+            raise ValueError("zero_shot needs init: pretrained.")
 
 
 @dataclass(frozen=True)
@@ -240,8 +243,16 @@ class Spec:
             raise ValueError("budget.gpu_hours limits trials on GPUs, and resources.gpus is 0.")
         if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
             raise ValueError("has pretrained arms and no `pretrain`.")
+        odd = {arm for _, arm in pairs if self.arms[arm].init == "pretrained" and self.arms[arm].recommender != self.pretrained_kind}
+        if odd:
+            raise ValueError(f"arm '{min(odd)}' is {self.arms[min(odd)].recommender}, and {self.pretrained_kind} is pre-trained.")
         if not self.study or Path(self.study).name != self.study:
             raise ValueError(f"study is '{self.study}'; it names a folder.")
+
+    @property
+    def pretrained_kind(self) -> Name | None:
+        """The recommender that is pre-trained; None where none is."""
+        return None if self.pretrain is None else self.pretrain.recommender
 
 
 def load_spec(name_or_path: str) -> Spec:

@@ -69,6 +69,17 @@ class Packing:
         """x [W, Q, ...] -> [B, ...], summed over each history; where none stands x is 0."""
         return x.new_zeros(len(self.last), *x.shape[2:]).index_add(0, self.examples.flatten(), x.flatten(0, 1))
 
+    def padded(self, x: Tensor, *, at_end: int | None = None) -> Tensor:
+        """x [W, Q, ...] -> [B, Q, ...], each history from position 0 on, 0 behind its end; or [B, at_end, ...], 0 before its start."""
+        if at_end is None:
+            place = torch.arange(self.positions.shape[1], device=self.last.device)
+        else:
+            place = torch.arange(at_end, device=self.last.device) - (at_end - self.lengths)[:, None]
+        exists = (place >= 0) & (place < self.lengths[:, None])  # [B, L]
+        rows = (self.last - self.lengths + 1)[:, None] + place
+        found = x.flatten(0, 1)[rows.where(exists, 0)]
+        return found * exists.view(*exists.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
     def recent(self, count: int) -> tuple[Tensor, Tensor]:
         """The ends of the histories: places [B, count] over all W * Q, latest first, and which of them exist [B, count]."""
         back = torch.arange(count, device=self.last.device)

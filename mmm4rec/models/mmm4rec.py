@@ -86,6 +86,15 @@ class ModelConfig:
         return cls(**{"time_encoding": "layer_norm", "time_step": "scale", "quirks": Quirks.published(), **changes})
 
     @property
+    def per_item(self) -> bool:
+        """Whether something in it belongs to single items, so that it ranks one domain alone."""
+        return self.ids or self.fusion == "dynamic_instance"
+
+    def without_ids(self) -> ModelConfig:
+        """The config over several domains."""
+        return replace(self, ids=False)
+
+    @property
     def heads(self) -> int:
         return self.expand * self.width // self.head_width
 
@@ -221,8 +230,7 @@ class MMM4Rec(HubModel, Recommender):
         self.config = config
         self.temperature = config.temperature
         self.features: ItemFeatures | None = None  # a released checkpoint carries those of its items (published.py)
-        per_item = config.ids or config.fusion == "dynamic_instance"
-        if per_item and n_items is None:
+        if config.per_item and n_items is None:
             raise ValueError("ids and per-item fusion need the number of items of one domain; turn them off for several domains.")
         D, eps, streams = config.width, config.norm_eps, config.streams
         known = [stream for stream in streams if stream in feature_dimensions]

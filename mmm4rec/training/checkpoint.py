@@ -178,7 +178,8 @@ def load_last(path: Path, run: Run, description: dict[str, Any]) -> None:
     if run.optimizer is not None:
         run.optimizer.load_state_dict(_unpacked_state(content["optimizer"]))
         for state in run.optimizer.state.values():  # torch puts this count beside the parameter; a GPU would be waited for
-            state["mu_product"] = state["mu_product"].to(state["step"].device)
+            if "mu_product" in state:
+                state["mu_product"] = state["mu_product"].to(state["step"].device)
     history = [from_dict(EpochReport, report, source=str(path)) for report in content["history"]]
     sums = None if content["epoch_sums"] is None else from_dict(Sums, content["epoch_sums"], source=str(path))
     plain = ("optimizer_steps", "epoch_steps", "epoch_seconds", "first_loss", "best_score", "best_epoch")
@@ -255,7 +256,7 @@ def transfer(model: Recommender, weights: dict[str, Tensor], *, source: str | Pa
     own = dict(model.named_parameters())
     for name, parameter in own.items():
         given = weights.get(name)
-        if name.startswith("ids.") or (name == "fusion" and 2 in {parameter.dim(), parameter.dim() if given is None else given.dim()}):
+        if "ids" in name.split(".") or (name == "fusion" and 2 in {parameter.dim(), parameter.dim() if given is None else given.dim()}):
             (result.new if given is None else result.reset).append(name)
         elif given is None:
             result.new.append(name)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
-from torch.optim import NAdam, Optimizer
+from torch.optim import Adam, NAdam, Optimizer
 
 from mmm4rec.data.batches import DomainData
 from mmm4rec.data.sampler import Sampler
@@ -38,19 +38,22 @@ class TrainingConfig:
     examples, and the coupled weight decay is 1/8 of the published 5e-3, which keeps their balance.
     """
 
-    # Cross-entropy over all items of the domain, the targets of the micro-batch, those of this worker's share of it, or a sample.
-    loss: Literal["full", "in_batch", "in_batch_local", "sampled"] = "full"
+    # Cross-entropy over all items of the domain, the targets of the micro-batch, those of this worker's share of it, or a sample;
+    # gbce: gSASRec's binary cross-entropy over a sample.
+    loss: Literal["full", "in_batch", "in_batch_local", "sampled", "gbce"] = "full"
     epochs: int = 100
     batch_size: int = 1024
     accumulation: int = 8  # micro-batches an optimizer step
+    optimizer: Literal["nadam", "adam"] = "nadam"
     learning_rate: float = 1e-4
     weight_decay: float = 6.25e-4
     precision: Literal["float32", "tf32", "bf16"] = "float32"  # of the matrix products of a training step; evaluation is float32
     patience: int = 10  # epochs without a better validation score before the run stops
     valid_metric: str = "ndcg@10"
     logq: bool = False  # with `in_batch`: a candidate counts for less the more often it is a target
-    negatives: int = 8192  # with `sampled`: draws a micro-batch, with replacement
-    negative_power: float = 0.0  # with `sampled`: how the chance of an item grows with its count as a target; 0: all alike
+    negatives: int = 8192  # with `sampled` and `gbce`: draws a micro-batch, with replacement
+    calibration: float = 0.75  # with `gbce`: its t, from 0 (plain binary cross-entropy) to 1 (scores calibrated as over all items)
+    negative_power: float = 0.0  # with `sampled` and `gbce`: how the chance of an item grows with its count as a target; 0: all alike
     report_untrained: bool = False  # an epoch-0 report before the first step
     sampling_power: float = 1.0  # over several domains, one of n examples weighs n ** it (1 / temperature): 1 proportional, 0 uniform
     mixed_batches: bool = False  # over several domains: examples of all of them in every micro-batch, rather than of one
@@ -60,10 +63,12 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         lowests = {"epochs": 0, "batch_size": 1, "accumulation": 1, "learning_rate": 0, "weight_decay": 0, "patience": 1}
-        lowests |= {"negatives": 1, "negative_power": 0, "sampling_power": 0, "steps_between_reports": 0, "divergence": 1}
+        lowests |= {"negatives": 1, "calibration": 0, "negative_power": 0, "sampling_power": 0, "steps_between_reports": 0, "divergence": 1}
         for name, lowest in {**lowests, "epoch_examples": 1}.items():
             if (value := getattr(self, name)) is not None and not value >= lowest:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {lowest}.")
+        if self.calibration > 1:
+            raise ValueError(f"calibration is {self.calibration}; it must be at most 1.")
         if self.valid_metric not in METRIC_NAMES:
             raise ValueError(f"valid_metric is '{self.valid_metric}'; it must be one of {', '.join(METRIC_NAMES)}.")
 
@@ -154,7 +159,9 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.optimizer is None and any(True for _ in self.model.parameters()):
-            self.optimizer = NAdam(self.model.parameters(), lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
+            learned = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            kind = NAdam if self.config.optimizer == "nadam" else Adam
+            self.optimizer = kind(learned, lr=self.config.learning_rate, weight_decay=self.config.weight_decay)
 
     @cached_property
     def sampler(self) -> Sampler:

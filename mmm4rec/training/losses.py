@@ -7,7 +7,7 @@ The score of candidate j is users . candidates_j / temperature, and every loss i
     - log( exp(score of the target) / (exp(score of the target) + sum over j other than the target of weight_j exp(score_j)) )
 
 which differ in their candidates and weights alone: over the whole catalogue all weights are 1; within a batch they say how
-often an item is a target; of a sample they correct for how likely each item was drawn.
+often an item is a target; of a sample they correct for how likely each item was drawn. `gbce` alone is another: gSASRec's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmm4rec.data.at_once import at_once
 
@@ -63,6 +64,44 @@ def cross_entropy(
         torch.mm(shares, candidates, out=d_users[rows]).div_(total)
         gradient.addmm_(shares.T, users[rows] * (scale[rows] / total))
     return loss, d_users.mul_(scale)
+
+
+def gbce(
+    users: Tensor,
+    candidates: Tensor,
+    targets: Tensor,
+    *,
+    draws: Tensor,
+    beta: float,
+    temperature: float = 1.0,
+    scale: Tensor | float = 1.0,
+    gradient: Tensor,
+    workspace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gSASRec's loss (arXiv 2308.07192, equation 9), -beta log sigmoid(target's score) - sum of log(1 - sigmoid(score)) over the draws.
+
+    Args: as `cross_entropy`; draws [n]: how often each candidate was drawn (an example's own target counts 0 times); beta: `gbce_beta`.
+    Returns: the loss summed over the examples, and its gradient by the users.
+    """
+    workspace = scores_workspace(users) if workspace is None else workspace
+    loss, d_users = users.new_zeros(()), torch.empty_like(users)
+    scale = torch.as_tensor(scale, dtype=users.dtype, device=users.device).expand(len(users))[:, None] / temperature
+    for rows in row_blocks(len(users), len(candidates), _at_once(users.device)):
+        own = targets[rows, None]
+        scores = _scores(users[rows], candidates, temperature, workspace)  # [r, n]
+        target = scores.gather(1, own)
+        weights = draws.expand_as(scores).scatter(1, own, 0.0)
+        loss += beta * F.softplus(-target).sum() + (weights * F.softplus(scores)).sum()
+        slopes = weights.mul_(scores.sigmoid_()).scatter_(1, own, -beta * torch.sigmoid(-target))
+        torch.mm(slopes, candidates, out=d_users[rows])
+        gradient.addmm_(slopes.T, users[rows] * scale[rows])
+    return loss, d_users.mul_(scale)
+
+
+def gbce_beta(negatives: int, items: int, calibration: float) -> float:
+    """The target's exponent for so many draws from a catalogue and the calibration t (equation 10): 1 for t = 0, draws a item for t = 1."""
+    rate = negatives / (items - 1)
+    return rate * (calibration * (1 - 1 / rate) + 1 / rate)
 
 
 def streamed_cross_entropy(

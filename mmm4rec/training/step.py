@@ -26,7 +26,15 @@ from mmm4rec.data.features import ItemFeatures
 from mmm4rec.data.sampler import Plan, Share
 from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
 from mmm4rec.training import distributed
-from mmm4rec.training.losses import cross_entropy, in_batch_weights, sampled_weights, scores_workspace, streamed_cross_entropy
+from mmm4rec.training.losses import (
+    cross_entropy,
+    gbce,
+    gbce_beta,
+    in_batch_weights,
+    sampled_weights,
+    scores_workspace,
+    streamed_cross_entropy,
+)
 
 if TYPE_CHECKING:
     from mmm4rec.training.loop import Run
@@ -48,7 +56,7 @@ class Candidates:
     """What the examples of a micro-batch are scored against."""
 
     items: dict[int, Tensor]  # by domain: [n_d] items, ascending
-    log_weights: Tensor  # [n], of all of them, domain by domain
+    log_weights: Tensor  # [n], of all of them, domain by domain; with `gbce` how often each was drawn
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,9 @@ class Part:
 class StepItems:
     """Item vectors that the chunks of a step read, computed a block at a time, and the sum of their gradients."""
 
-    def __init__(self, model: Recommender, features: ItemFeatures, ids: Tensor | None = None) -> None:
-        """ids [n]: the items, ascending; None: all, 0..I."""
+    def __init__(self, model: Recommender, features: ItemFeatures, seed: int, ids: Tensor | None = None) -> None:
+        """Args: seed: of what is random in the items' vectors; ids [n]: the items, ascending; None: all, 0..I."""
+        torch.manual_seed(seed)
         self.ids, self._blocks = ids, items_in_blocks(model, features, ids)  # with their graphs
         self.vectors = joined(self._blocks)
         inputs = {name: torch.zeros_like(vectors) for name, vectors in self.vectors.inputs.items()}
@@ -156,12 +165,13 @@ def _candidates(run: Run, shares: Sequence[Share], random: np.random.Generator) 
         targets = data.domain.items[data.domain.offsets[share.users] + share.ends].astype(np.int64)
         own, counts = np.unique(targets, return_counts=True)
         weights = in_batch_weights(counts)
-        if config.loss == "sampled":
+        if config.loss in ("sampled", "gbce"):
             upper = np.cumsum((data.target_counts[1:] + 1.0) ** config.negative_power)  # [I]
             drawn = 1 + np.searchsorted(upper, random.random(config.negatives) * upper[-1], side="right")
             own = np.union1d(own, drawn)
             often = np.bincount(np.searchsorted(own, drawn), minlength=len(own))
-            weights = sampled_weights(often, np.diff(upper, prepend=0.0)[own - 1] / upper[-1])
+            chances = np.diff(upper, prepend=0.0)[own - 1] / upper[-1]
+            weights = often.astype(np.float64) if config.loss == "gbce" else sampled_weights(often, chances)
         elif config.logq:
             weights = sampled_weights(counts, data.target_counts[own] / len(data.train))
         items[share.domain] = torch.from_numpy(own).to(run.device)
@@ -199,12 +209,17 @@ def add_gradient(run: Run, parts: Sequence[Part]) -> list[tuple[Chunk, float]]:
     return [(chunk, value) for (chunk, _), value in zip(losses, values, strict=True)]
 
 
+def _item_seed(run: Run) -> int:
+    """Of what is random in items' vectors (dropout, noisy gates): the same on all workers, another in every step."""
+    return int(np.random.SeedSequence([run.seed, run.state.optimizer_steps], spawn_key=(0,)).generate_state(1)[0])
+
+
 ChunkLosses = list[tuple[Chunk, Tensor]]
 
 
 def _over_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLosses:
     """The loss over all items, whose vectors are computed at once."""
-    items, first = StepItems(run.model, data.features), 0 if run.quirks.padding_class else 1
+    items, first = StepItems(run.model, data.features, _item_seed(run)), 0 if run.quirks.padding_class else 1
     candidates, gradient = items.vectors.candidates[first:], items.gradients.candidates[first:]
     workspace = scores_workspace(candidates)
     losses = [
@@ -222,7 +237,9 @@ def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
         assert part.candidates is not None
         for domain, ids in [*part.candidates.items.items(), *((chunk.domain, chunk.ids) for chunk in part.chunks)]:
             read.setdefault(domain, []).append(ids)
-    items = {domain: StepItems(run.model, run.data[domain].features, torch.cat(ids).unique()) for domain, ids in read.items()}
+    items = {
+        domain: StepItems(run.model, run.data[domain].features, _item_seed(run), torch.cat(ids).unique()) for domain, ids in read.items()
+    }
     losses: ChunkLosses = []
     workspace = scores_workspace(next(iter(items.values())).vectors.candidates) if items else torch.empty(0)
     for part in parts:
@@ -232,18 +249,10 @@ def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
         candidates = torch.cat([items[domain].vectors.candidates[own] for domain, own in rows.items()])  # [n, D]
         firsts = dict(zip(columns, [0, *accumulate(map(len, columns.values()))], strict=False))
         gradient = torch.zeros_like(candidates)
+        weighing = _weighing(run, part.candidates, candidates)
         for chunk in part.chunks:
-            loss = _through(
-                run,
-                items[chunk.domain],
-                chunk,
-                candidates,
-                firsts[chunk.domain] + torch.searchsorted(columns[chunk.domain], chunk.batch.targets),
-                log_weights=part.candidates.log_weights.to(candidates.dtype),
-                target_weighs_one=not (run.config.loss.startswith("in_batch") and run.quirks.duplicate_negatives),
-                gradient=gradient,
-                workspace=workspace,
-            )
+            targets = firsts[chunk.domain] + torch.searchsorted(columns[chunk.domain], chunk.batch.targets)
+            loss = _through(run, items[chunk.domain], chunk, candidates, targets, gradient=gradient, workspace=workspace, **weighing)
             losses.append((chunk, loss))
         for (domain, own), part_of in zip(rows.items(), gradient.split([len(own) for own in rows.values()]), strict=True):
             items[domain].gradients.candidates.index_add_(0, own, part_of)
@@ -252,10 +261,21 @@ def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
     return losses
 
 
+def _weighing(run: Run, of_part: Candidates, candidates: Tensor) -> dict[str, Any]:
+    """What the loss is told of its candidates."""
+    weights = of_part.log_weights.to(candidates.dtype)
+    if run.config.loss == "gbce":
+        items = sum(run.data[domain].domain.n_items for domain in of_part.items)
+        return {"draws": weights, "beta": gbce_beta(run.config.negatives * len(of_part.items), items, run.config.calibration)}
+    duplicates = run.config.loss.startswith("in_batch") and run.quirks.duplicate_negatives
+    return {"log_weights": weights, "target_weighs_one": not duplicates}
+
+
 def _through(run: Run, items: StepItems, chunk: Chunk, candidates: Tensor, targets: Tensor, **told: Any) -> Tensor:
     """Encode a chunk, take its loss, carry its gradient back; returns the loss."""
     users, carry_back = items.encode(run.model, chunk)
-    loss, d_users = cross_entropy(users, candidates, targets, temperature=run.model.temperature, scale=chunk.scale, **told)
+    function = gbce if run.config.loss == "gbce" else cross_entropy
+    loss, d_users = function(users, candidates, targets, temperature=run.model.temperature, scale=chunk.scale, **told)
     carry_back(d_users)
     return loss
 
@@ -264,16 +284,19 @@ def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLos
     """The loss over all items, whose vectors are computed block by block; every chunk is encoded twice, with the same dropout."""
     model, features, chunks = run.model, data.features, part.chunks
     ids = torch.cat([chunk.ids for chunk in chunks]).unique()
-    items = StepItems(model, features, ids)
+    items = StepItems(model, features, _item_seed(run), ids)
     with torch.no_grad():
         users = torch.cat([items.encode(model, chunk)[0] for chunk in chunks])
     targets, scale = torch.cat([chunk.batch.targets for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks])
     blocks = features.blocks()
     if run.quirks.padding_class:
         blocks[0] = slice(0, blocks[0].stop)
-    losses, d_users = streamed_cross_entropy(
-        users, blocks, lambda block: model.items(features, block).candidates, targets, temperature=model.temperature, scale=scale
-    )
+
+    def candidates(block: slice) -> Tensor:
+        torch.manual_seed(_item_seed(run) + block.start)  # both times the same
+        return model.items(features, block).candidates
+
+    losses, d_users = streamed_cross_entropy(users, blocks, candidates, targets, temperature=model.temperature, scale=scale)
     sizes = [len(chunk.scale) for chunk in chunks]
     for chunk, gradient in zip(chunks, d_users.split(sizes), strict=True):
         items.encode(model, chunk)[1](gradient)

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
-from mmm4rec.data.features import ItemFeatures
+from mmm4rec.data.features import ItemFeatures, Modality
+from mmm4rec.models.baselines.config import BaselineConfig, streams_of
 from mmm4rec.models.recommender import Catalogue, Recommender
+
+
+@dataclass(frozen=True)
+class LastItemConfig(BaselineConfig):
+    max_len: int = 1  # the last item is enough
+    modalities: Literal["text", "image", "both"] = "both"
+
+    @property
+    def streams(self) -> tuple[Modality, ...]:
+        return streams_of(self.modalities)
+
+    @property
+    def per_item(self) -> bool:
+        return False
 
 
 class LastItem(Recommender):

@@ -1,0 +1,106 @@
+"""BSARec (Shin et al., AAAI 2024, arXiv 2312.10325): self-attention beside a filter that weighs high frequencies anew.
+
+Kept: in every layer alpha * filter + (1 - alpha) * attention; the filter splits a history, laid out so that it ends at
+position T, into its lowest frequencies and the rest, which it scales by a learned square an element.
+Left out: position vectors where no history stands. In the release they reach the filter; here those places are 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmm4rec.data.batches import Batch
+from mmm4rec.data.features import ItemFeatures
+from mmm4rec.models.baselines.blocks import NORM_EPS, initialise, initialise_attention, item_table
+from mmm4rec.models.baselines.config import TransformerConfig
+from mmm4rec.models.dropout import Dropout
+from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+
+
+@dataclass(frozen=True)
+class BSARecConfig(TransformerConfig):
+    """The release's defaults."""
+
+    heads: int = 1
+    alpha: float = 0.7  # the filter's share
+    cutoff: int = 5  # c: the c // 2 + 1 lowest frequencies are the low ones
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}; it must be from 0 to 1.")
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        return (*super().sizes, "cutoff")
+
+
+class FrequencyLayer(nn.Module):
+    """The low frequencies of a history as they are, the high ones scaled; with a residual and a layer norm."""
+
+    def __init__(self, config: BSARecConfig) -> None:
+        super().__init__()
+        self.low = config.cutoff // 2 + 1
+        self.scale = nn.Parameter(torch.randn(config.width))  # its square is the factor
+        self.dropout, self.norm = Dropout(config.dropout), nn.LayerNorm(config.width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        spectrum = torch.fft.rfft(x, dim=1, norm="ortho")  # [B, T // 2 + 1, D]
+        kept = torch.arange(spectrum.shape[1], device=x.device)[:, None] < self.low
+        low = torch.fft.irfft(spectrum * kept, n=x.shape[1], dim=1, norm="ortho")
+        return self.norm(self.dropout(low + self.scale.square() * (x - low)) + x)
+
+
+class BSARecLayer(nn.Module):
+    """Filter and attention side by side, then a feed-forward part."""
+
+    def __init__(self, config: BSARecConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.alpha = config.alpha
+        self.filter = FrequencyLayer(config)
+        self.attention = nn.MultiheadAttention(D, config.heads, config.dropout, batch_first=True)
+        self.attention_norm, self.norm = nn.LayerNorm(D, eps=NORM_EPS), nn.LayerNorm(D, eps=NORM_EPS)
+        self.first, self.second = nn.Linear(D, config.ffn_width), nn.Linear(config.ffn_width, D)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x [B, T, D], hidden [B * heads, T, T]: which columns a row does not see -> [B, T, D]."""
+        attended, _ = self.attention(x, x, x, attn_mask=hidden, need_weights=False)
+        attended = self.attention_norm(self.dropout(attended) + x)
+        x = self.alpha * self.filter(x) + (1 - self.alpha) * attended
+        return self.norm(self.dropout(self.second(F.gelu(self.first(x)))) + x)
+
+
+class BSARec(Recommender):
+    """The model of one domain."""
+
+    def __init__(self, config: BSARecConfig, *, n_items: int) -> None:
+        super().__init__()
+        self.config = config
+        self.ids = item_table(n_items, config.width)
+        self.positions = nn.Embedding(config.max_len, config.width)
+        self.norm, self.dropout = nn.LayerNorm(config.width, eps=NORM_EPS), Dropout(config.dropout)
+        self.layers = nn.ModuleList(BSARecLayer(config) for _ in range(config.layers))
+        self.apply(initialise).apply(initialise_attention)
+
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        vectors = rows_of(self.ids["item"], ids)
+        return Catalogue({"item": vectors}, vectors)
+
+    def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
+        T = self.config.max_len
+        x = batch.packing.padded(F.embedding(batch.items, catalogue.inputs["item"]), at_end=T)  # [B, T, D]
+        exists = torch.arange(T, device=x.device) >= T - batch.packing.lengths[:, None]  # [B, T]
+        x = self.dropout(self.norm(x + self.positions.weight))
+        place = torch.arange(T, device=x.device)
+        seen = (exists[:, None] & (place <= place[:, None])) | (place == place[:, None])  # [B, T, T]; what does not exist sees itself
+        hidden = (~seen).repeat_interleave(self.config.heads, dim=0)
+        for layer in self.layers:
+            x = layer(x * exists[..., None], hidden)
+        return x[:, -1]
