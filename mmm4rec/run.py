@@ -106,9 +106,8 @@ def assemble(config: RunConfig) -> Assembled:
     if config.init is not None:
         weights, metadata = load_model(config.init)
         if (kind := metadata["config"].get("recommender", "mmm4rec")) != config.recommender:
-            raise BadInput(
-                f"holds a model of {kind}; the run's recommender is {config.recommender}.", file=config.init, remedy="Name that."
-            )
+            rule = f"holds a model of {kind}; the run's recommender is {config.recommender}."
+            raise BadInput(rule, file=config.init, remedy=f"Set recommender={kind}, or give another file.")
         check_encoders(metadata, features, domains, config.init)
         check_unseen(metadata, domains, config.init)
         moved, init_hash = transfer(model, weights, source=config.init), hash_file(config.init)

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.at_once import smaller_blocks
-from mmm4rec.data.batches import DomainData
+from mmm4rec.data.batches import DomainData, pack
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.inference import open_model, recommend
 from mmm4rec.models.baselines.item_knn import ItemKNN, ItemKNNConfig
+from mmm4rec.models.baselines.mamba4rec import Mamba4RecConfig, MambaBlock
 from mmm4rec.models.baselines.missrec import find_interests
 from mmm4rec.models.kinds import KINDS, NAMES
 from mmm4rec.models.recommender import joined
@@ -66,8 +67,6 @@ FORMS = [pytest.param(name, changes, id="-".join([name, *map(str, changes.values
 
 
 def told(name: str, domains: Domain | list[Domain], model: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
-    if name == "mamba4rec":
-        pytest.importorskip("transformers", reason="mamba4rec takes its block from transformers")
     folders = [str(domain.path) for domain in (domains if isinstance(domains, list) else [domains])]
     training = {"epochs": 2, "batch_size": 32, "accumulation": 2, "learning_rate": 3e-3, **sections.pop("training", {})}
     data = {"domains": folders, **sections.pop("data", {})}
@@ -320,6 +319,41 @@ def test_item_knn_worked_by_hand(make_domain: Callable[..., Domain]) -> None:
     expected = torch.zeros(9)
     expected[1], expected[2] = 2 / 6**0.5 / 3, 1.5 / 6**0.5 / 3 + 0.5 / 2
     torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("at_last", [False, True])
+def test_the_mamba_block_is_that_of_transformers(at_last: bool) -> None:
+    """The same weights, packed histories of 3, 7, 1 and 5 items against padded ones."""
+    transformers = pytest.importorskip("transformers", reason="the reference is transformers' Mamba block")
+    from transformers.models.mamba.modeling_mamba import MambaMixer
+
+    ours = MambaBlock(Mamba4RecConfig(width=16, state=4))
+    sizes = transformers.MambaConfig(hidden_size=16, state_size=4, conv_kernel=4, expand=2, use_bias=False, num_hidden_layers=1)
+    theirs = MambaMixer(sizes, 0).eval()
+    names = {"in_proj.weight": ours.into.weight, "conv1d.weight": ours.conv.weight[:, None], "conv1d.bias": ours.conv.bias}
+    names |= {"x_proj.weight": ours.select.weight, "dt_proj.weight": ours.step.weight, "dt_proj.bias": ours.step.bias}
+    theirs.load_state_dict(names | {"A_log": ours.log_a, "D": ours.skip, "out_proj.weight": ours.out.weight})
+    items, packing = pack(np.arange(16), np.array([3, 7, 1, 5]))
+    x = torch.randn(16, 16)[items]
+    with torch.no_grad():
+        found, expected = ours(x, packing, at_last=at_last), theirs(packing.padded(x))
+    if at_last:
+        torch.testing.assert_close(found, expected[torch.arange(4), packing.lengths - 1])
+    else:
+        real = packing.padded(torch.ones(*items.shape)) > 0
+        torch.testing.assert_close(packing.padded(found)[real], expected[real])
+
+
+def test_padding_and_groups_by_hand() -> None:
+    """Histories 1 2 3 | 4 | 5 6 7 8 9: padded behind, padded before, and in groups of alike lengths."""
+    items, packing = pack(np.arange(1, 10), np.array([3, 1, 5]))
+    assert packing.padded(items).tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0], [5, 6, 7, 8, 9]]
+    assert packing.padded_before(items, 6).tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 0, 4], [0, 5, 6, 7, 8, 9]]
+    assert [(group.examples.tolist(), packing.padded(items, group).tolist()) for group in packing.groups()] == [
+        ([1], [[4]]),
+        ([0], [[1, 2, 3, 0]]),
+        ([2], [[5, 6, 7, 8, 9]]),
+    ]
 
 
 def test_interests_are_the_clusters_that_the_features_have() -> None:

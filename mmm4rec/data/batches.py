@@ -29,6 +29,14 @@ COUNTED_AT_ONCE = 2**22  # examples
 
 
 @dataclass(frozen=True)
+class Group:
+    """Some of the histories of a batch, which are about as long."""
+
+    examples: Tensor  # [b] int64
+    longest: int  # positions, at most
+
+
+@dataclass(frozen=True)
 class Packing:
     """Where the histories of B examples stand in windows."""
 
@@ -69,16 +77,34 @@ class Packing:
         """x [W, Q, ...] -> [B, ...], summed over each history; where none stands x is 0."""
         return x.new_zeros(len(self.last), *x.shape[2:]).index_add(0, self.examples.flatten(), x.flatten(0, 1))
 
-    def padded(self, x: Tensor, *, at_end: int | None = None) -> Tensor:
-        """x [W, Q, ...] -> [B, Q, ...], each history from position 0 on, 0 behind its end; or [B, at_end, ...], 0 before its start."""
-        if at_end is None:
-            place = torch.arange(self.positions.shape[1], device=self.last.device)
-        else:
-            place = torch.arange(at_end, device=self.last.device) - (at_end - self.lengths)[:, None]
-        exists = (place >= 0) & (place < self.lengths[:, None])  # [B, L]
-        rows = (self.last - self.lengths + 1)[:, None] + place
-        found = x.flatten(0, 1)[rows.where(exists, 0)]
+    def padded(self, x: Tensor, group: Group | None = None) -> Tensor:
+        """x [W, Q, ...] -> [B, Q, ...], each history from position 0 on and 0 behind its end; of a group alone [b, longest, ...]."""
+        if group is None:
+            group = Group(torch.arange(len(self.last), device=self.last.device), self.positions.shape[1])
+        place = torch.arange(group.longest, device=self.last.device).expand(len(group.examples), -1)
+        return self._at(x, group.examples, place)
+
+    def padded_before(self, x: Tensor, length: int) -> Tensor:
+        """x [W, Q, ...] -> [B, length, ...], each history up to the end and 0 before its start."""
+        place = torch.arange(length, device=self.last.device) - (length - self.lengths)[:, None]
+        return self._at(x, torch.arange(len(self.last), device=self.last.device), place)
+
+    def _at(self, x: Tensor, examples: Tensor, place: Tensor) -> Tensor:
+        """x at these places [b, L] of the examples' histories, 0 where there is none: [b, L, ...]."""
+        lengths, first = self.lengths[examples, None], (self.last - self.lengths + 1)[examples, None]
+        exists = (place >= 0) & (place < lengths)
+        found = x.flatten(0, 1)[(first + place).where(exists, 0)]
         return found * exists.view(*exists.shape, *[1] * (x.dim() - 2)).to(x.dtype)
+
+    def groups(self) -> list[Group]:
+        """Histories of 1, 2, 3-4, 5-8, ... positions apart, so that padding a group wastes little."""
+        groups, low, Q = [], 0, self.positions.shape[1]
+        while low < Q:
+            high = min(max(1, 2 * low), Q)
+            own = torch.nonzero((self.lengths > low) & (self.lengths <= high))[:, 0]
+            groups += [Group(own, high)] if len(own) else []
+            low = high
+        return groups
 
     def recent(self, count: int) -> tuple[Tensor, Tensor]:
         """The ends of the histories: places [B, count] over all W * Q, latest first, and which of them exist [B, count]."""

@@ -95,7 +95,7 @@ class BSARec(Recommender):
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         T = self.config.max_len
-        x = batch.packing.padded(F.embedding(batch.items, catalogue.inputs["item"]), at_end=T)  # [B, T, D]
+        x = batch.packing.padded_before(F.embedding(batch.items, catalogue.inputs["item"]), T)  # [B, T, D]
         exists = torch.arange(T, device=x.device) >= T - batch.packing.lengths[:, None]  # [B, T]
         x = self.dropout(self.norm(x + self.positions.weight))
         place = torch.arange(T, device=x.device)

@@ -86,15 +86,15 @@ def nearest(domain: Domain, config: ItemKNNConfig) -> tuple[np.ndarray, np.ndarr
         pairs += [before * rows + after] + ([after * rows + before] if config.both_ways else [])
         worth += [np.full(len(before), 1 / steps)] * (2 if config.both_ways else 1)
     keys, places = np.unique(np.concatenate([np.empty(0, np.int64), *pairs]), return_inverse=True)
-    likeness = np.bincount(places, np.concatenate([np.empty(0), *worth]), minlength=len(keys))
+    worths = np.bincount(places, np.concatenate([np.empty(0), *worth]), minlength=len(keys))
     own, other = np.divmod(keys, rows)
     counts = np.bincount(items, minlength=rows).astype(np.float64)
-    likeness = likeness / np.sqrt(counts[own] * counts[other])
-    order = np.lexsort((other, -likeness, own))
-    own, other, likeness = own[order], other[order], likeness[order]
+    alike = worths / np.sqrt(counts[own] * counts[other])
+    order = np.lexsort((other, -alike, own))
+    own, other, alike = own[order], other[order], alike[order]
     rank = np.arange(len(own)) - np.searchsorted(own, own)
     K = min(config.neighbours, int(rank.max(initial=0)) + 1)
     kept = rank < K
-    neighbours, alike = np.zeros((rows, K), dtype=np.int64), np.zeros((rows, K), dtype=np.float32)
-    neighbours[own[kept], rank[kept]], alike[own[kept], rank[kept]] = other[kept], likeness[kept]
-    return neighbours, alike
+    neighbours, likeness = np.zeros((rows, K), dtype=np.int64), np.zeros((rows, K), dtype=np.float32)
+    neighbours[own[kept], rank[kept]], likeness[own[kept], rank[kept]] = other[kept], alike[kept]
+    return neighbours, likeness

@@ -120,21 +120,26 @@ class MISSRec(Recommender):
         return Catalogue({"item": torch.stack(parts).sum(0), **inputs}, candidates)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
-        packing, L = batch.packing, batch.items.shape[1]
+        packing = batch.packing
+        inputs = {name: F.embedding(batch.items, table) for name, table in catalogue.inputs.items()}  # [W, Q, ...]
+        users = inputs["item"].new_empty(len(batch), inputs["item"].shape[-1])
+        for group in packing.groups():
+            padded = {name: packing.padded(x, group) for name, x in inputs.items()}  # [b, L, ...]
+            users[group.examples] = self._encode(padded, packing.lengths[group.examples])
+        return unit(users)
 
-        def read(name: str) -> Tensor:
-            """[B, L, ...]."""
-            return packing.padded(F.embedding(batch.items, catalogue.inputs[name]))
-
-        interests = torch.cat([read(f"{modality} interest") for modality in self.adapters], dim=1)  # [B, M * L, D]
-        numbers = torch.cat([read(f"{modality} number") for modality in self.adapters], dim=1)[..., 0]  # [B, M * L]
+    def _encode(self, inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
+        """Padded inputs [b, L, ...] of histories of these lengths [b] -> [b, D]."""
+        interests = torch.cat([inputs[f"{modality} interest"] for modality in self.adapters], dim=1)  # [b, M * L, D]
+        numbers = torch.cat([inputs[f"{modality} number"] for modality in self.adapters], dim=1)[..., 0]  # [b, M * L]
         absent = _repeated(numbers) | (numbers == 0)
         absent = absent & ~(absent.all(1, keepdim=True) & (torch.arange(absent.shape[1], device=absent.device) == 0))  # one stays
         memory = self.encoder(interests, src_key_padding_mask=absent)
-        x = self.dropout(self.norm(read("item") + self.positions.weight[:L]))
-        empty = torch.arange(L, device=x.device) >= packing.lengths[:, None]  # [B, L]
+        L = inputs["item"].shape[1]
+        x = self.dropout(self.norm(inputs["item"] + self.positions.weight[:L]))
+        empty = torch.arange(L, device=x.device) >= lengths[:, None]  # [b, L]
         x = self.decoder(x, memory, tgt_key_padding_mask=empty, memory_key_padding_mask=absent)
-        return unit(x[torch.arange(len(x), device=x.device), packing.lengths - 1])
+        return x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
 def _repeated(numbers: Tensor) -> Tensor:
