@@ -184,8 +184,8 @@ def _unseen_data(
 def _build_model(config: RunConfig, domains: tuple[Domain, ...], features: list[ItemFeatures]) -> Recommender:
     kind, model, first = KINDS[config.recommender], config.model, domains[0]
     if len(domains) > 1 and model.per_item:
-        what = f"{config.recommender} with these settings"
-        raise BadInput(f"{what} belongs to the items of one domain, and the run has {len(domains)}.", remedy="Name one domain.")
+        rule = f"{config.recommender} belongs to the items of one domain with these settings, and the run has {len(domains)}."
+        raise BadInput(rule, remedy="Name one domain.")
     if not any(part.vectors for part in features) and (kind.needs_features or not model.per_item):
         needed = " or ".join(model.streams) or "text or image"
         rule = f"no domain has {needed} features, and {config.recommender} has nothing else to learn from."

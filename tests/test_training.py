@@ -41,7 +41,8 @@ from mmm4rec.training.step import add_gradient, prepare
 
 def tiny(domains: Domain | list[Domain], **sections: object) -> RunConfig:
     folders = [str(domain.path) for domain in (domains if isinstance(domains, list) else [domains])]
-    model = {**TINY_MODEL, **sections.pop("model", {})}  # type: ignore[dict-item]
+    base = TINY_MODEL if sections.get("recommender", "mmm4rec") == "mmm4rec" else {}
+    model = {**base, **sections.pop("model", {})}  # type: ignore[dict-item]
     training = {"epochs": 4, "batch_size": 32, "accumulation": 2, "learning_rate": 3e-3, **sections.pop("training", {})}  # type: ignore[dict-item]
     data = {"domains": folders, **sections.pop("data", {})}  # type: ignore[dict-item]
     return from_dict(RunConfig, {"data": data, "model": model, "training": training, "device": "cpu", **sections}, source="test")
