@@ -475,5 +475,5 @@ def test_a_domain_without_times_turns_time_off(make_domain: Callable[..., Domain
 
 def test_no_features_and_no_ids_is_refused(make_domain: Callable[..., Domain]) -> None:
     domain = make_domain(modalities=())
-    with pytest.raises(BadInput, match="nothing to learn from"):
+    with pytest.raises(BadInput, match="nothing else to learn from"):
         assemble(tiny(domain, model={"ids": False}))
