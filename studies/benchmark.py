@@ -6,7 +6,7 @@ without; evaluation; the loader; memory. Then large catalogues from memory-mappe
 with a CUDA GPU, epochs of the published sizes as well. Ratios are taken within one process, in turns; figures are medians.
 With --engine, in place of all these: what a study costs beside its trials (benchmark_engine.py). With --pretrain: what
 pre-training costs (benchmark_pretrain.py). With --tables: what the tables of a large study cost (benchmark_tables.py). With
---prepare: what preparing raw reviews costs (benchmark_prepare.py).
+--prepare: what preparing raw reviews costs (benchmark_prepare.py). With --models: how fast every recommender is (benchmark_models.py).
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(benchmark_pretrain.measure(out, options.sizes, machine("pretrain")))
         return 0
+    if options.models:
+        from studies import benchmark_models
+
+        print(benchmark_models.measure(out, options.repeats, machine("models")))
+        return 0
     if options.prepare:
         from studies import benchmark_prepare
 
@@ -118,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sizes", type=int, default=3, choices=(1, 2, 3), help="of the data, with --pretrain; the third needs 25 GB of disk (default: 3)")
     add("--tables", action="store_true", help="measure a large study's tables instead: DIR/benchmark_tables.json and .md")
     add("--runs", type=int, default=2000, metavar="N", help="trials in the store, with --tables (default: 2,000)")
+    add("--models", action="store_true", help="measure every recommender instead: DIR/benchmark_models.json and .md")
     add("--prepare", action="store_true", help="measure the preparation of raw reviews instead: DIR/benchmark_prepare.json and .md")
     add("--ratings", type=int, default=20_000_000, metavar="N", help="in the largest file, with --prepare (default: 20,000,000)")
     add("--only-step", action="store_true", help=argparse.SUPPRESS)

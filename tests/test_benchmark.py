@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmm4rec.data import batches
+from mmm4rec.models.kinds import KINDS, NAMES
 from studies import benchmark
 from studies.benchmark_cases import (
     PREFIXES,
@@ -111,3 +112,16 @@ def test_pre_training_is_measured_on_a_domain_as_any_other(tmp_path: Path, monke
     text = pretraining.table({"machine": machine, "memory": [{"interactions": 4_000, "items": 200, **found}], "throughput": both})
     assert "| 4,000 | 200 |" in text
     assert "| 256 | 2 | 150 (90 to 110) | 75 | 75% | 1.00 GB |" in text
+
+
+def test_every_recommender_is_timed_in_training_and_in_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row a model; what needs no training has no training rate; the committed table is made of the committed figures."""
+    from studies import benchmark_models
+
+    monkeypatch.setattr(benchmark_models, "EXAMPLES", 64)
+    monkeypatch.setattr(benchmark_models, "RANKED", 8)
+    rows = benchmark_models.rates(1, Case(items=60, feature_width=8, batch=16, width=64))
+    assert [row["model"] for row in rows] == list(NAMES)
+    assert all(("train" in row) == KINDS[row["model"]].trained and row["rank"]["median"] > 0 for row in rows)
+    found = json.loads((ROOT / "results" / "benchmark_models.json").read_text(encoding="utf-8"))
+    assert (ROOT / "results" / "benchmark_models.md").read_text(encoding="utf-8") == benchmark_models.table(found)
