@@ -38,7 +38,7 @@ TINY: dict[str, dict[str, Any]] = {
     "popularity": {},
     "last_item": {},
     "item_knn": {"max_len": 8, "neighbours": 5},
-    "gru4rec": {"width": 16, "state": 16, "max_len": 8},
+    "gru4rec": {"width": 16, "recurrent_width": 16, "max_len": 8},
     "sasrec": {"width": 16, "ffn_width": 16, "max_len": 8},
     "bsarec": {"width": 16, "ffn_width": 16, "max_len": 8},
     "mamba4rec": {"width": 16, "state": 4, "max_len": 8},

@@ -17,6 +17,7 @@ from mmm4rec.data.domain import Domain, open_domain
 from mmm4rec.data.features import MODALITIES, add_features, load_features
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
+from mmm4rec.run import RunConfig, assemble
 from mmm4rec.training.checkpoint import save_model
 from studies.cells import Cell, Source, build_cells
 from studies.domains import make_domains
@@ -195,3 +196,56 @@ def test_a_zero_shot_arm_is_the_pre_trained_model_untrained() -> None:
     assert pretrained.run["training"]["epochs"] > 0
     with pytest.raises(BadInput, match="zero_shot needs init: pretrained"):
         spec(baseline=None, arms={"zero_shot": {"zero_shot": True}}, cells=[{"domains": ["x"], "arms": ["zero_shot"]}])
+
+
+def test_a_recommender_takes_of_the_study_what_its_config_knows() -> None:
+    """Of the study's sizes and space; an arm's own words must fit. What needs no training is searched only in its own config."""
+    arms = {
+        "gru": {"recommender": "gru4rec", "space": {"model.recurrent_width": {"choices": [8, 16]}}},
+        "knn": {"recommender": "item_knn", "space": {"model.window": {"low": 1, "high": 5, "integer": True}}},
+        "popularity": {"recommender": "popularity"},
+        "tim": {"recommender": "tim4rec"},
+    }
+    groups = [{"domains": ["attic"], "arms": list(arms)}]
+    told = {"arms": arms, "cells": groups, "baseline": None, "pretrain": None}
+    untimed = {"attic": Source("/attic", "f", False)}
+    cells = {cell.arm: cell for cell in build_cells(spec(**told), untimed)[0]}
+    assert cells["gru"].run["model"] == {"width": 16}
+    assert list(cells["gru"].space) == ["training.learning_rate", "model.dropout", "model.recurrent_width"]
+    assert list(cells["knn"].space) == ["model.window"]
+    assert (cells["knn"].search_trials, cells["knn"].confirm_seeds, cells["popularity"].search_trials) == (3, 1, 0)
+    assert cells["popularity"].run["model"] == {}
+    assert not cells["tim"].run["model"]["time"]
+    arms["gru"] = {"recommender": "gru4rec", "space": {"model.filter_size": {"choices": [1, 2]}}}
+    with pytest.raises(BadInput, match=r"searches model.filter_size, which gru4rec does not read"):
+        build_cells(spec(**told), untimed)
+    arms["gru"] = {"recommender": "gru4rec", "model": {"filter_size": 2}}
+    with pytest.raises(BadInput, match="unknown key filter_size"):
+        build_cells(spec(**told), untimed)
+    arms["gru"] = {"recommender": "popularity", "space": {"training.learning_rate": {"low": 1e-3, "high": 1e-2}}}
+    with pytest.raises(BadInput, match=r"searches training.learning_rate, which popularity does not read"):
+        build_cells(spec(**told), untimed)
+
+
+def test_what_is_pre_trained_is_what_its_arms_are() -> None:
+    arms = {"moved": {"recommender": "unisrec", "init": "pretrained"}, "other": {"init": "pretrained"}}
+    pretrain = {"sources": ["bazaar"], "recommender": "unisrec", "model": {"layers": 3}}
+    told = {"arms": arms, "cells": [{"domains": ["attic"], "arms": ["moved"]}], "baseline": None, "pretrain": pretrain}
+    (cell,), _ = build_cells(spec(**told), sources())
+    assert cell.run["model"] == {"width": 16, "ffn_width": 16, "layers": 3}
+    config = pretrain_config(spec(**told), sources())
+    assert (config.recommender, config.model.ids, config.model.layers) == ("unisrec", False, 3)
+    with pytest.raises(BadInput, match="arm 'other' is mmm4rec, and unisrec is pre-trained"):
+        spec(**{**told, "cells": [{"domains": ["attic"], "arms": ["moved", "other"]}]})
+    with pytest.raises(BadInput, match="gru4rec cannot"):
+        pretrain_config(spec(**{**told, "pretrain": {"sources": ["bazaar"], "recommender": "gru4rec"}, "arms": {"moved": {}}}), sources())
+
+
+def test_weights_of_another_recommender_are_refused(make_domain: Callable[..., Domain], tmp_path: Path) -> None:
+    domain = make_domain()
+    base = {"data": {"domains": [str(domain.path)]}, "training": {"epochs": 1}, "device": "cpu"}
+    sasrec = from_dict(RunConfig, {**base, "recommender": "sasrec", "model": {"width": 8, "max_len": 8}}, source="test")
+    list(execute(sasrec, tmp_path / "run"))
+    moved = {**base, "model": TINY_MODEL, "init": str(tmp_path / "run" / "best.safetensors")}
+    with pytest.raises(BadInput, match=r"holds a model of sasrec; the run's recommender is mmm4rec"):
+        assemble(from_dict(RunConfig, moved, source="test"))

@@ -28,11 +28,11 @@ class GRU4RecConfig(EncoderConfig):
 
     layers: int = 1
     dropout: float = 0.3
-    state: int = 128  # width of the recurrent state
+    recurrent_width: int = 128  # of the state
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        return (*super().sizes, "state")
+        return (*super().sizes, "recurrent_width")
 
 
 class GRU4Rec(Recommender):
@@ -43,11 +43,11 @@ class GRU4Rec(Recommender):
         self.ids = item_table(n_items, config.width)
         nn.init.xavier_normal_(self.ids["item"])  # as RecBole
         self.dropout = Dropout(config.dropout)
-        self.gru = nn.GRU(config.width, config.state, config.layers, bias=False, batch_first=True)
+        self.gru = nn.GRU(config.width, config.recurrent_width, config.layers, bias=False, batch_first=True)
         for name, weight in self.gru.named_parameters():
             if name.startswith("weight"):
                 nn.init.xavier_uniform_(weight)
-        self.out = nn.Linear(config.state, config.width)
+        self.out = nn.Linear(config.recurrent_width, config.width)
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         vectors = rows_of(self.ids["item"], ids)
