@@ -91,6 +91,7 @@ def measure(file: Path, data: Path, models: Sequence[str], seeds: int) -> None:
     """Run what the file lacks, seed by seed, and add it row by row."""
     rows: list[Any] = pd.read_csv(file).to_dict("records") if file.exists() else []
     done = {(row["model"], row["seed"]) for row in rows}
+    file.parent.mkdir(parents=True, exist_ok=True)
     missing = [(model, seed) for seed in range(seeds) for model in models if (model, seed) not in done]
     with tempfile.TemporaryDirectory() as name:
         domain = Path(name) / DOMAIN

@@ -52,7 +52,7 @@ def test_a_case_runs_once_and_is_kept(tmp_path: Path, monkeypatch: pytest.Monkey
     texts = ["item_id:token\ttext:token_seq", *(f"a{k}\tthing {k}" for k in range(12))]
     (raw / "Shop.text").write_text("\n".join(texts) + "\n", encoding="utf-8")
     monkeypatch.setattr(parity, "TRAINING", parity.TRAINING | {"epochs": 1})
-    file = tmp_path / "ours.csv"
+    file = tmp_path / "parity" / "ours.csv"
     parity.measure(file, tmp_path / "data", ["sasrec"], 1)
     first = file.read_text(encoding="utf-8")
     parity.measure(file, tmp_path / "data", ["sasrec", "gru4rec"], 1)
