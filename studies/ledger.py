@@ -40,6 +40,6 @@ def cell_ledger(plan: Plan, cell: Cell) -> dict[str, float]:
 
 
 def unequal(ledgers: Iterable[dict[str, float]]) -> list[str]:
-    """The budgets that were not the same for all of these cells, which stand side by side."""
-    told = list(ledgers)
-    return [name for name in GIVEN if len({ledger[name] for ledger in told if ledger["search_trials_given"]}) > 1]
+    """The budgets that were not the same for all of these cells that train and were searched, which stand side by side."""
+    told = [ledger for ledger in ledgers if ledger["search_trials_given"] and ledger["epochs_used"]]
+    return [name for name in GIVEN if len({ledger[name] for ledger in told}) > 1]

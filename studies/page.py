@@ -28,7 +28,7 @@ class Section:
 
 
 PARTS: tuple[tuple[str, tuple[str, ...], tuple[str, ...], bool], ...] = (  # title, tables, figures, folded
-    ("Results", ("main",), (), False),
+    ("Results", ("overview", "main"), (), False),
     ("Transfer", ("transfer", "matrix"), ("transfer_matrix",), False),
     ("Convergence", ("convergence",), ("convergence",), False),
     ("Against the baseline arm", ("effects", "overall"), ("effects",), False),

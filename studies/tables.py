@@ -6,6 +6,7 @@
 Confirm trials only, mean and sample standard deviation over their seeds; as CSV, Markdown, LaTeX (booktabs) and HTML:
 
     tables/main            test metrics of every cell, best and second marked, with the budgets in its caption
+    tables/overview        NDCG@10 of every arm in every domain, where there are several
     tables/transfer        pre-trained arms beside their scratch controls, at equal steps and to scratch's best
     tables/matrix          the gain of each checkpoint over its control: domain × modality × ids
     tables/convergence     epochs, steps, seconds and GPU hours to the best epoch and to the end; tables/quality: to other scores
@@ -51,7 +52,7 @@ from studies.transfer import Gain, pretraining_note, transfer_gains, transfer_ma
 
 MAIN = "ndcg@10"  # whose improvement the main table tells
 NAMES = (  # of all tables
-    *("main", "transfer", "matrix", "effects", "effects_ndcg", "effects_hit", "overall", "convergence", "quality"),
+    *("main", "overview", "transfer", "matrix", "effects", "effects_ndcg", "effects_hit", "overall", "convergence", "quality"),
     *("sensitivity", "marginals", "literature", "ledger"),
 )
 
@@ -75,6 +76,25 @@ def main_table(cells: Sequence[TrackedCell], leads: Sequence[Lead] = ()) -> Tabl
             budget = (cell.search_trials, cell.epochs)
             rows.append((cell.domain, cell.arm, len(cell.trials), *scores, _improvement(cell, here), epochs, steps, *budget))
     return Table(columns, tuple(rows), _main_caption(cells, leads), _main_notes(cells, leads))
+
+
+def overview_table(cells: Sequence[TrackedCell], leads: Sequence[Lead] = ()) -> Table:
+    """Arm × domain: test NDCG@10, best and second of each domain marked; no rows for one domain."""
+    domains, found = by_domain(cells), {(cell.domain, cell.arm): cell for cell in cells if cell.trials}
+    sure = {(lead.domain, lead.arm) for lead in leads if lead.marked and lead.metric == MAIN}
+    order = {here[0].domain: sorted({mean_of(cell, MAIN) for cell in here if cell.trials}, reverse=True) for here in domains}
+
+    def score(domain: str, arm: str) -> Entry:
+        if (domain, arm) not in found:
+            return "-"
+        cell = found[domain, arm]
+        place = order[domain].index(mean_of(cell, MAIN))
+        values = tuple(trial.test[MAIN] for trial in cell.trials)
+        return Sample(values, best=place == 0, second=place == 1, marked=place == 0 and (domain, arm) in sure)
+
+    arms = dict.fromkeys(cell.arm for cell in cells) if len(domains) > 1 else ()
+    rows = tuple((arm, *(score(domain, arm) for domain in order)) for arm in arms)
+    return Table((f"test {MAIN}", *order), rows, "Test NDCG@10 by domain, mean ± sd over seeds. Bold: best; underlined: second.")
 
 
 def _improvement(cell: TrackedCell, here: Sequence[TrackedCell]) -> str:
@@ -190,6 +210,7 @@ def study_tables(study: TrackedStudy, found: Results) -> dict[str, Table]:
     cells, effects = study.cells, found.effects
     tables = (
         main_table(cells, found.leads),
+        overview_table(cells, found.leads),
         transfer_table(cells, study.pretraining),
         transfer_matrix(found.gains, cells),
         effects_table(effects),

@@ -327,6 +327,7 @@ def test_the_ledger_says_what_was_given_and_used(out: Path) -> None:
         assert told["seconds"] > 0
     assert unequal([told, {**told, "epochs_given": 9}]) == ["epochs_given"]
     assert unequal([told, {**told, "epochs_given": 9, "search_trials_given": 0}]) == []
+    assert unequal([told, {**told, "epochs_given": 9, "epochs_used": 0}]) == []  # what does not train is compared with none
 
 
 def test_gpu_hours_end_a_search_and_not_its_confirmation(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import re
 import shutil
 import sqlite3
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -23,7 +24,7 @@ from studies.sensitivity import importances
 from studies.spec import Spec
 from studies.state import Journal
 from studies.table import Sample, Table
-from studies.tables import main, main_table, write_tables
+from studies.tables import main, main_table, overview_table, write_tables
 from studies.tracked import METRICS, Pretraining, read_study
 from studies.transfer import transfer_table
 
@@ -172,6 +173,18 @@ def test_the_main_table_holds_mean_and_sd_of_confirm_trials_and_marks_the_best(s
     assert pretrained["epochs to best"].text() == "2.0 ± 0.0"
     assert rows["scratch"]["steps to best"].text() == "30 ± 14"
     assert [rows[arm]["mrr"].best for arm in rows] == [True, False, False, False]
+
+
+def test_the_overview_is_ndcg_by_arm_and_domain_and_absent_for_one_domain(study: Path) -> None:
+    cells = read_study(MlflowRuns(study)).cells
+    assert overview_table(cells).rows == ()
+    others = [replace(cell, domain="games") for cell in cells if cell.arm != "scratch"]
+    table = overview_table([*cells, *others])
+    rows = {row[0]: row[1:] for row in table.rows}
+    assert table.columns == ("test ndcg@10", "toys", "games")
+    assert [entry.text() for entry in rows["scratch"]] == ["0.3250 ± 0.0354", "-"]  # type: ignore[union-attr]
+    assert [[entry.best for entry in rows[arm]] for arm in ("pretrained", "popularity")] == [[True, True], [False, False]]  # type: ignore[union-attr]
+    assert rows["scratch"][0].second  # type: ignore[union-attr]
 
 
 def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored(study: Path) -> None:
