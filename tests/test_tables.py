@@ -182,9 +182,13 @@ def test_the_overview_is_ndcg_by_arm_and_domain_and_absent_for_one_domain(study:
     table = overview_table([*cells, *others])
     rows = {row[0]: row[1:] for row in table.rows}
     assert table.columns == ("test ndcg@10", "toys", "games")
-    assert [entry.text() for entry in rows["scratch"]] == ["0.3250 ± 0.0354", "-"]  # type: ignore[union-attr]
-    assert [[entry.best for entry in rows[arm]] for arm in ("pretrained", "popularity")] == [[True, True], [False, False]]  # type: ignore[union-attr]
-    assert rows["scratch"][0].second  # type: ignore[union-attr]
+    scratch, missing = rows["scratch"]
+    assert isinstance(scratch, Sample)
+    assert (scratch.text(), scratch.second, missing) == ("0.3250 ± 0.0354", True, "-")
+    assert [[entry.best for entry in rows[arm] if isinstance(entry, Sample)] for arm in ("pretrained", "popularity")] == [
+        [True] * 2,
+        [False] * 2,
+    ]
 
 
 def test_transfer_is_told_at_equal_steps_and_steps_to_scratchs_best_are_censored(study: Path) -> None:
