@@ -288,7 +288,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int)
     command.add_argument("--epochs", type=int)
     command.add_argument("--device", help="auto, cpu or cuda")
-    command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="override single keys of the config")
+    command.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help=override,
+    )
     command.add_argument("--print-config", action="store_true", help="print every key with its value, and train nothing")
     command.add_argument("--resume", action="store_true", help="continue from OUT/last.ckpt where there is one")
 

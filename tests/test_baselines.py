@@ -348,7 +348,7 @@ def test_padding_and_groups_by_hand() -> None:
     """Histories 1 2 3 | 4 | 5 6 7 8 9: padded behind, padded before, and in groups of alike lengths."""
     items, packing = pack(np.arange(1, 10), np.array([3, 1, 5]))
     assert packing.padded(items).tolist() == [[1, 2, 3, 0, 0], [4, 0, 0, 0, 0], [5, 6, 7, 8, 9]]
-    assert packing.padded_before(items, 6).tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 0, 4], [0, 5, 6, 7, 8, 9]]
+    assert packing.padded_before(items, 6, torch.arange(3)).tolist() == [[0, 0, 0, 1, 2, 3], [0, 0, 0, 0, 0, 4], [0, 5, 6, 7, 8, 9]]
     assert [(group.examples.tolist(), packing.padded(items, group).tolist()) for group in packing.groups()] == [
         ([1], [[4]]),
         ([0], [[1, 2, 3, 0]]),

@@ -84,10 +84,10 @@ class Packing:
         place = torch.arange(group.longest, device=self.last.device).expand(len(group.examples), -1)
         return self._at(x, group.examples, place)
 
-    def padded_before(self, x: Tensor, length: int) -> Tensor:
-        """x [W, Q, ...] -> [B, length, ...], each history up to the end and 0 before its start."""
-        place = torch.arange(length, device=self.last.device) - (length - self.lengths)[:, None]
-        return self._at(x, torch.arange(len(self.last), device=self.last.device), place)
+    def padded_before(self, x: Tensor, length: int, examples: Tensor) -> Tensor:
+        """x [W, Q, ...] -> [b, length, ...], the histories of these examples [b], each up to the end and 0 before its start."""
+        place = torch.arange(length, device=self.last.device) - (length - self.lengths[examples])[:, None]
+        return self._at(x, examples, place)
 
     def _at(self, x: Tensor, examples: Tensor, place: Tensor) -> Tensor:
         """x at these places [b, L] of the examples' histories, 0 where there is none: [b, L, ...]."""

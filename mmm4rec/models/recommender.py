@@ -44,12 +44,18 @@ class Recommender(nn.Module):
         return users @ catalogue.candidates.T / self.temperature
 
 
+def full_precision(vectors: Tensor) -> Tensor:
+    """What autocast left in half precision as float32: losses are computed in that."""
+    return vectors.float() if vectors.dtype in (torch.bfloat16, torch.float16) else vectors
+
+
 def items_in_blocks(model: Recommender, features: ItemFeatures, ids: Tensor | None = None) -> list[Catalogue]:
     """The vectors of the items `ids` [n], or of all with padding, in order; on a CPU so many at a time as its cache bears."""
     device = next((part.device for part in features.present.values()), torch.device("cpu"))
     step = ITEMS_IN_CACHE if device.type == "cpu" else features.n_items + 1
     ranges = (slice(first, first + step) for first in range(0, features.n_items + 1, step))
-    return [model.items(features, block) for block in (ranges if ids is None else ids.split(step))]
+    blocks = (model.items(features, block) for block in (ranges if ids is None else ids.split(step)))
+    return [Catalogue({name: full_precision(x) for name, x in own.inputs.items()}, full_precision(own.candidates)) for own in blocks]
 
 
 def joined(blocks: list[Catalogue]) -> Catalogue:

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmm4rec.data.batches import Batch, DomainData, cut
 from mmm4rec.data.features import ItemFeatures
 from mmm4rec.data.sampler import Plan, Share
-from mmm4rec.models.recommender import Catalogue, Recommender, items_in_blocks, joined
+from mmm4rec.models.recommender import Catalogue, Recommender, full_precision, items_in_blocks, joined
 from mmm4rec.training import distributed
 from mmm4rec.training.losses import (
     cross_entropy,
@@ -38,6 +38,9 @@ from mmm4rec.training.losses import (
 
 if TYPE_CHECKING:
     from mmm4rec.training.loop import Run
+
+
+ITEM_NOISE = 2**32 - 1  # sets items' seeds apart from those of dropout in the encoder
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Candidates:
     """What the examples of a micro-batch are scored against."""
 
     items: dict[int, Tensor]  # by domain: [n_d] items, ascending
-    log_weights: Tensor  # [n], of all of them, domain by domain; with `gbce` how often each was drawn
+    weights: Tensor  # [n], of all of them, domain by domain: logarithms, or with `gbce` how often each was drawn
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class StepItems:
         rows = self.rows(chunk.ids)
         copies = {name: vectors[rows].requires_grad_() for name, vectors in self.vectors.inputs.items()}
         torch.manual_seed(chunk.seed)
-        users = model.users(chunk.batch, Catalogue(copies, self.vectors.candidates))
+        users = full_precision(model.users(chunk.batch, Catalogue(copies, self.vectors.candidates)))
 
         def carry_back(d_users: Tensor) -> None:
             users.backward(d_users)
@@ -156,10 +159,11 @@ def _candidates(run: Run, shares: Sequence[Share], random: np.random.Generator) 
 
     Where the shares are those of all workers, each worker computes the vectors of all candidates itself, rather than gather
     them: an item's vector is a few small products, its gradient then needs no way back, and any number of workers gives the
-    gradient of one. With `logq` a target counts for less the more often it is one in the whole of the data. A sampled item is
-    drawn with a probability that grows with how often it is a target, + 1, to the power `negative_power`.
+    gradient of one (where nothing in the vectors is random). With `logq` a target counts for less the more often it is one in
+    the whole of the data. A sampled item is drawn with a probability that grows with how often it is a target, + 1, to the
+    power `negative_power`.
     """
-    items, log_weights = {}, []
+    items, all_weights = {}, []
     for share in shares:
         data, config = run.data[share.domain], run.config
         targets = data.domain.items[data.domain.offsets[share.users] + share.ends].astype(np.int64)
@@ -175,8 +179,8 @@ def _candidates(run: Run, shares: Sequence[Share], random: np.random.Generator) 
         elif config.logq:
             weights = sampled_weights(counts, data.target_counts[own] / len(data.train))
         items[share.domain] = torch.from_numpy(own).to(run.device)
-        log_weights.append(weights)
-    return Candidates(items, torch.from_numpy(np.concatenate(log_weights)).to(run.device))
+        all_weights.append(weights)
+    return Candidates(items, torch.from_numpy(np.concatenate(all_weights)).to(run.device))
 
 
 def ahead(prepared: Iterator[list[Part]], device: torch.device) -> Iterator[list[Part]]:
@@ -209,9 +213,12 @@ def add_gradient(run: Run, parts: Sequence[Part]) -> list[tuple[Chunk, float]]:
     return [(chunk, value) for (chunk, _), value in zip(losses, values, strict=True)]
 
 
-def _item_seed(run: Run) -> int:
-    """Of what is random in items' vectors (dropout, noisy gates): the same on all workers, another in every step."""
-    return int(np.random.SeedSequence([run.seed, run.state.optimizer_steps], spawn_key=(0,)).generate_state(1)[0])
+def _item_seed(run: Run, domain: int) -> int:
+    """Of what is random in a domain's item vectors (dropout, noisy gates), drawn once a step for all of them, another in every step.
+
+    Workers that read other items draw otherwise: with such a model more workers are another sample of the same noise.
+    """
+    return int(np.random.SeedSequence([run.seed, run.state.optimizer_steps, domain, ITEM_NOISE]).generate_state(1)[0])
 
 
 ChunkLosses = list[tuple[Chunk, Tensor]]
@@ -219,7 +226,7 @@ ChunkLosses = list[tuple[Chunk, Tensor]]
 
 def _over_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLosses:
     """The loss over all items, whose vectors are computed at once."""
-    items, first = StepItems(run.model, data.features, _item_seed(run)), 0 if run.quirks.padding_class else 1
+    items, first = StepItems(run.model, data.features, _item_seed(run, part.chunks[0].domain)), 0 if run.quirks.padding_class else 1
     candidates, gradient = items.vectors.candidates[first:], items.gradients.candidates[first:]
     workspace = scores_workspace(candidates)
     losses = [
@@ -238,7 +245,8 @@ def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
         for domain, ids in [*part.candidates.items.items(), *((chunk.domain, chunk.ids) for chunk in part.chunks)]:
             read.setdefault(domain, []).append(ids)
     items = {
-        domain: StepItems(run.model, run.data[domain].features, _item_seed(run), torch.cat(ids).unique()) for domain, ids in read.items()
+        domain: StepItems(run.model, run.data[domain].features, _item_seed(run, domain), torch.cat(ids).unique())
+        for domain, ids in read.items()
     }
     losses: ChunkLosses = []
     workspace = scores_workspace(next(iter(items.values())).vectors.candidates) if items else torch.empty(0)
@@ -263,7 +271,7 @@ def _over_candidates(run: Run, parts: Sequence[Part]) -> ChunkLosses:
 
 def _weighing(run: Run, of_part: Candidates, candidates: Tensor) -> dict[str, Any]:
     """What the loss is told of its candidates."""
-    weights = of_part.log_weights.to(candidates.dtype)
+    weights = of_part.weights.to(candidates.dtype)
     if run.config.loss == "gbce":
         items = sum(run.data[domain].domain.n_items for domain in of_part.items)
         return {"draws": weights, "beta": gbce_beta(run.config.negatives * len(of_part.items), items, run.config.calibration)}
@@ -284,7 +292,8 @@ def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLos
     """The loss over all items, whose vectors are computed block by block; every chunk is encoded twice, with the same dropout."""
     model, features, chunks = run.model, data.features, part.chunks
     ids = torch.cat([chunk.ids for chunk in chunks]).unique()
-    items = StepItems(model, features, _item_seed(run), ids)
+    domain = chunks[0].domain
+    items = StepItems(model, features, _item_seed(run, domain), ids)
     with torch.no_grad():
         users = torch.cat([items.encode(model, chunk)[0] for chunk in chunks])
     targets, scale = torch.cat([chunk.batch.targets for chunk in chunks]), torch.cat([chunk.scale for chunk in chunks])
@@ -293,8 +302,8 @@ def _over_streamed_catalogue(run: Run, data: DomainData, part: Part) -> ChunkLos
         blocks[0] = slice(0, blocks[0].stop)
 
     def candidates(block: slice) -> Tensor:
-        torch.manual_seed(_item_seed(run) + block.start)  # both times the same
-        return model.items(features, block).candidates
+        torch.manual_seed(_item_seed(run, domain) + block.start)  # both times the same
+        return full_precision(model.items(features, block).candidates)
 
     losses, d_users = streamed_cross_entropy(users, blocks, candidates, targets, temperature=model.temperature, scale=scale)
     sizes = [len(chunk.scale) for chunk in chunks]

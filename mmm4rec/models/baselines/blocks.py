@@ -44,13 +44,22 @@ def item_table(n_items: int | None, width: int) -> nn.ParameterDict:
     return nn.ParameterDict({} if n_items is None else {"item": nn.Parameter(torch.randn(n_items + 1, width) * START_STD)})
 
 
+def feature_rows(features: ItemFeatures, modality: Modality, size: int, ids: Tensor | slice | None) -> tuple[Tensor, Tensor]:
+    """Vectors [n, F], 0 where absent, and presence [n]: a domain without the modality has none of it."""
+    if modality in features.vectors:
+        return features.rows(modality, ids)
+    device = next((part.device for part in features.present.values()), None)
+    n = len(features.numbers(ids))
+    return torch.zeros(n, size, device=device), torch.zeros(n, dtype=torch.bool, device=device)
+
+
 class ItemVectors(nn.Module):
     """An item's own vector, the projections of its features, or their sum. An absent feature adds nothing."""
 
     def __init__(self, width: int, *, n_items: int | None, feature_dimensions: Mapping[Modality, int]) -> None:
         """Args: n_items: None: no item ids; feature_dimensions: F of each modality that is read."""
         super().__init__()
-        self.width = width
+        self.sizes = dict(feature_dimensions)
         self.ids = item_table(n_items, width)
         self.adapters = nn.ModuleDict({modality: nn.Linear(size, width) for modality, size in feature_dimensions.items()})
         self.adapters.apply(initialise)
@@ -58,9 +67,9 @@ class ItemVectors(nn.Module):
     def forward(self, features: ItemFeatures, ids: Tensor | slice | None) -> Tensor:
         """[n, D] of all items 0..I, or of those in `ids`."""
         parts = [rows_of(self.ids["item"], ids)] if "item" in self.ids else []
-        for modality, adapter in self.adapters.items():
-            raw, present = features.rows(modality, ids)  # type: ignore[arg-type]
-            parts.append(adapter(raw) * present[:, None])
+        for modality, size in self.sizes.items():
+            raw, present = feature_rows(features, modality, size, ids)
+            parts.append(self.adapters[modality](raw) * present[:, None])
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 

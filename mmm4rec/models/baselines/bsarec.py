@@ -16,9 +16,11 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures
 from mmm4rec.models.baselines.blocks import NORM_EPS, initialise, initialise_attention, item_table
-from mmm4rec.models.baselines.config import TransformerConfig
+from mmm4rec.models.baselines.config import TransformerConfig, check
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+
+PADDED_AT_ONCE = 4  # positions with padding, for one of those that a batch has
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,7 @@ class BSARecConfig(TransformerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}; it must be from 0 to 1.")
+        check(self, alpha=0 <= self.alpha <= 1, cutoff=self.cutoff // 2 + 1 <= self.max_len // 2 + 1)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -94,9 +95,14 @@ class BSARec(Recommender):
         return Catalogue({"item": vectors}, vectors)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
+        x, T = F.embedding(batch.items, catalogue.inputs["item"]), self.config.max_len
+        examples = torch.arange(len(batch), device=x.device).split(max(1, x.shape[0] * x.shape[1] * PADDED_AT_ONCE // T))
+        return torch.cat([self._encode(batch.packing.padded_before(x, T, own), batch.packing.lengths[own]) for own in examples])
+
+    def _encode(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Padded histories [b, T, D] of these lengths [b] -> [b, D]."""
         T = self.config.max_len
-        x = batch.packing.padded_before(F.embedding(batch.items, catalogue.inputs["item"]), T)  # [B, T, D]
-        exists = torch.arange(T, device=x.device) >= T - batch.packing.lengths[:, None]  # [B, T]
+        exists = torch.arange(T, device=x.device) >= T - lengths[:, None]  # [b, T]
         x = self.dropout(self.norm(x + self.positions.weight))
         place = torch.arange(T, device=x.device)
         seen = (exists[:, None] & (place <= place[:, None])) | (place == place[:, None])  # [B, T, T]; what does not exist sees itself

@@ -91,6 +91,13 @@ class TransformerConfig(EncoderConfig):
         return (*super().sizes, "heads", "ffn_width")
 
 
+def check(config: BaselineConfig, **rules: bool) -> None:
+    """Raise ValueError for the first field whose rule is broken."""
+    for name, holds in rules.items():
+        if not holds:
+            raise ValueError(f"{name} is {getattr(config, name)}, which is out of its range.")
+
+
 def streams_of(content: Content) -> tuple[Modality, ...]:
     if content == "both":
         return MODALITIES

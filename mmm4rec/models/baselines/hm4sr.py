@@ -4,6 +4,8 @@ Kept: three streams with positions; the interactive mixture, whose experts read 
 itself; the temporal mixture, whose experts scale all streams and are weighed by the gaps and the time; a transformer a
 stream; the sum of the three streams' scores. Where a domain lacks a modality its stream is absent; where it has no
 timestamps the temporal mixture is.
+Read in a fork (github.com/ngoctuannguyen/HM4SR), for the authors' repository was not at hand; there the temporal experts stand in
+a plain list and are not trained, here they are.
 Otherwise: absolute time is counted in days since a history's first interaction, for a float32 cosine of Unix seconds is noise.
 Left out: the three auxiliary tasks (categories, which our domains do not have; contrasts of ids and of placeholders).
 """

@@ -1,8 +1,8 @@
 """Item k-nearest-neighbours in the order of a history (after Ludewig & Jannach, UMUAI 2018, arXiv 1803.09587). Needs no training.
 
-Kept: an item's neighbours are those that followed it in training histories, the nearer the more (sequential rules, weight
-1 / steps between); the latest items of a history count most (1 / steps back). The weights are divided by the root of both
-items' counts, as a cosine is.
+Kept: an item's neighbours stood near it in training histories, the nearer the more (weight 1 / steps between), on both sides or
+behind it alone (sequential rules); the latest items of a history count most (1 / steps back). The weights are divided by the
+root of both items' counts, as a cosine is.
 Left out: neighbours of whole sessions (SKNN), inverse document frequencies.
 """
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.baselines.config import BaselineConfig
+from mmm4rec.models.baselines.config import BaselineConfig, check
 from mmm4rec.models.baselines.popularity import before_validation
 from mmm4rec.models.recommender import Catalogue, Recommender
 
@@ -27,8 +27,12 @@ from mmm4rec.models.recommender import Catalogue, Recommender
 class ItemKNNConfig(BaselineConfig):
     neighbours: int = 100  # of an item, at most
     window: int = 10  # steps between two items of a history that make them neighbours, at most
-    both_ways: bool = True  # an item is the neighbour of what followed it, too
+    both_ways: bool = True  # an item is the neighbour of what followed it, too; off: sequential rules
     recency: float = 1.0  # an item so many steps back counts 1 / steps ** recency
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, recency=self.recency >= 0)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -47,8 +51,8 @@ class ItemKNN(Recommender):
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         """Items as their numbers: exact in float32 up to 16 million."""
-        device = self.get_buffer("likeness").device
-        numbers = features.numbers(ids, device).to(device)[:, None].float()  # [n, 1]
+        likeness = self.get_buffer("likeness")
+        numbers = features.numbers(ids, likeness.device)[:, None].to(likeness)  # [n, 1]
         return Catalogue({"number": numbers}, numbers)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
@@ -61,14 +65,14 @@ class ItemKNN(Recommender):
 
     def scores(self, users: Tensor, catalogue: Catalogue) -> Tensor:
         numbers, weights = users.chunk(2, dim=1)  # [B, T]
-        rows = numbers.long()
-        near = self.get_buffer("neighbours")[rows]  # [B, T, K]
-        worth = self.get_buffer("likeness")[rows] * weights[..., None]
+        neighbours, likeness = self.get_buffer("neighbours"), self.get_buffer("likeness")
         first, n = int(catalogue.candidates[0, 0]), len(catalogue.candidates)  # a range of items
-        place = near - first
-        here = (place >= 0) & (place < n)
-        scores = users.new_zeros(len(users), n)
-        return scores.scatter_add_(1, place.where(here, 0).flatten(1), (worth * here).flatten(1))
+        scores = likeness.new_zeros(len(users), n)
+        for items, weight in zip(numbers.long().unbind(1), weights.unbind(1), strict=True):  # [B] each, the latest first
+            place = neighbours[items] - first  # [B, K]
+            here = (place >= 0) & (place < n)
+            scores.scatter_add_(1, place.where(here, 0), likeness[items] * weight[:, None] * here)
+        return scores
 
 
 def nearest(domain: Domain, config: ItemKNNConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -79,14 +83,15 @@ def nearest(domain: Domain, config: ItemKNNConfig) -> tuple[np.ndarray, np.ndarr
     place = np.arange(len(domain.items)) - domain.offsets[users]
     known = place < lengths[users]  # [interactions] before validation
     items, users = domain.items[known].astype(np.int64), users[known]
-    pairs, worth = [], []
+    keys, worths = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float64)
     for steps in range(1, min(config.window, int(lengths.max(initial=0))) + 1):
         together = users[:-steps] == users[steps:]
         before, after = items[:-steps][together], items[steps:][together]
-        pairs += [before * rows + after] + ([after * rows + before] if config.both_ways else [])
-        worth += [np.full(len(before), 1 / steps)] * (2 if config.both_ways else 1)
-    keys, places = np.unique(np.concatenate([np.empty(0, np.int64), *pairs]), return_inverse=True)
-    worths = np.bincount(places, np.concatenate([np.empty(0), *worth]), minlength=len(keys))
+        pairs = [before * rows + after] + ([after * rows + before] if config.both_ways else [])
+        found = np.concatenate([keys, *pairs])
+        worth = np.concatenate([worths, np.full(len(found) - len(keys), 1 / steps)])
+        keys, places = np.unique(found, return_inverse=True)
+        worths = np.bincount(places, worth, minlength=len(keys)).astype(np.float64)
     own, other = np.divmod(keys, rows)
     counts = np.bincount(items, minlength=rows).astype(np.float64)
     alike = worths / np.sqrt(counts[own] * counts[other])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures, Modality
+from mmm4rec.errors import BadInput
 from mmm4rec.models.baselines.config import BaselineConfig, streams_of
 from mmm4rec.models.recommender import Catalogue, Recommender
 
@@ -33,6 +34,8 @@ class LastItem(Recommender):
     """Scores an item by its cosine with the user's last item in each modality."""
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        if not features.vectors:
+            raise BadInput("last_item needs a domain with features.", remedy="Run: mmm4rec encode DOMAIN")
         tables = (features.rows(modality, ids) for modality in features.vectors)
         unit = [F.normalize(vectors * present[:, None], dim=-1) for vectors, present in tables]
         joined = torch.cat(unit, dim=-1)  # [n, sum of F]

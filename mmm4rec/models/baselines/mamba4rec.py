@@ -5,6 +5,7 @@ feed-forward part, with a residual around the block where there are several laye
 Otherwise: the selective scan is our own. That of transformers needs the kernels of mamba-ssm; without them it keeps a state for
 every position of padded histories. This one reads packed histories, and the last layer computes the state's product at a
 history's end alone, as a sum over its positions. There is no kernel for a GPU here.
+The blocks start as Mamba's authors have them; in the release N(0, 0.02) and zero biases are put over it, steps of .7 among them.
 Left out: nothing.
 
 Dimensions: B examples, W windows and Q positions (`Packing`), D width, E = expand * D, N state size, R rank of the steps.

@@ -7,7 +7,8 @@ item's own vector as one more. Pre-training is by the next item among those of t
 Left out, or otherwise: clusters are found once a domain and modality in the features themselves, not anew before every
 epoch in the adapted ones of both: an adaptor is linear, so that a cluster's centre is adapted like an item, and learned
 through. The candidates' modalities weigh alike: that is where the release's learned factor starts, and a user and an item
-stay two vectors. The penalty on interests (0.0001) and the contrast with thinned histories in pre-training (0.001) are absent.
+stay two vectors. What is random in an item's vectors is drawn once an optimizer step. Padding is no class of the softmax.
+The penalty on interests (0.0001) and the contrast with thinned histories in pre-training (0.001) are absent.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures, Modality
-from mmm4rec.models.baselines.blocks import NORM_EPS, faster_dropout, initialise, item_table, transformer_encoder, unit
-from mmm4rec.models.baselines.config import TransformerConfig, streams_of
+from mmm4rec.models.baselines.blocks import NORM_EPS, faster_dropout, feature_rows, initialise, item_table, transformer_encoder, unit
+from mmm4rec.models.baselines.config import TransformerConfig, check, streams_of
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 
@@ -41,15 +42,15 @@ class MISSRecConfig(TransformerConfig):
     heads: int = 4
     ids: bool = True
     modalities: Literal["text", "image", "both"] = "both"
-    interest_ratio: float = 0.5  # clusters a feature
+    interest_ratio: float = 0.5  # clusters a feature; the release pre-trains with .02
     temperature: float = 0.07
+    freeze_encoder: bool = False  # after pre-training the release holds positions and transformer fast
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers % 2:
             raise ValueError(f"layers is {self.layers}; it must be even: one half encodes, the other decodes.")
-        if not 0 < self.interest_ratio <= 1:
-            raise ValueError(f"interest_ratio is {self.interest_ratio}; it must be above 0 and at most 1.")
+        check(self, interest_ratio=0 < self.interest_ratio <= 1, temperature=self.temperature > 0)
 
     @property
     def streams(self) -> tuple[Modality, ...]:
@@ -89,29 +90,38 @@ class MISSRec(Recommender):
         faster_dropout(layer, config.dropout, inside=True)
         self.decoder = nn.TransformerDecoder(layer, half, nn.LayerNorm(D, eps=NORM_EPS))
         self.apply(initialise)  # all but attention's first projections and the adapters, which start as torch has them
+        for part in self.modules():
+            if isinstance(part, nn.MultiheadAttention):
+                nn.init.xavier_uniform_(part.in_proj_weight)  # torch's encoder copies its first layer's
+        for part in (self.positions, self.encoder, self.decoder):
+            part.requires_grad_(not config.freeze_encoder)
         self.adapters = nn.ModuleDict({modality: nn.Linear(size, D) for modality, size in feature_dimensions.items()})
         self._interests: dict[int, tuple[ItemFeatures, dict[str, Interests]]] = {}
 
     def interests(self, features: ItemFeatures) -> dict[str, Interests]:
         """The clusters of these features, found at their first use."""
-        if id(features) not in self._interests:
-            found = {name: find_interests(features, name, self.config.interest_ratio) for name in self.adapters}  # type: ignore[arg-type]
-            self._interests[id(features)] = features, found
-        return self._interests[id(features)][1]
+        known = self._interests.get(id(features))
+        if known is None or known[0] is not features:
+            names = [name for name in self.adapters if name in features.vectors]
+            known = features, {name: find_interests(features, name, self.config.interest_ratio) for name in names}
+            self._interests[id(features)] = known
+        return known[1]
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         """As a history reads them: the sum of all that is known of an item, and its interests with their numbers; and as candidates."""
         parts, inputs = [], {}
-        numbers = features.numbers(ids, next(iter(features.present.values())).device)
         first_number = 0
         for modality, adapter in self.adapters.items():
-            raw, present = features.rows(modality, ids)  # type: ignore[arg-type]
+            raw, present = feature_rows(features, modality, adapter.in_features, ids)  # type: ignore[arg-type]
             parts.append(adapter(raw) * present[:, None])
-            interests = self.interests(features)[modality]
-            own = interests.of_item[numbers]  # [n]
-            inputs[f"{modality} interest"] = adapter(interests.centres[own])  # [n, D]
+            centres, own = torch.zeros_like(raw), torch.zeros_like(present, dtype=torch.long)  # where the domain has no such modality
+            if modality in features.vectors:
+                interests = self.interests(features)[modality]
+                own = interests.of_item[features.numbers(ids, raw.device)]  # [n]
+                centres = interests.centres[own].to(raw.dtype)  # [n, F]
+            inputs[f"{modality} interest"] = adapter(centres)  # [n, D]
             inputs[f"{modality} number"] = torch.where(own > 0, own + first_number, 0)[:, None].to(raw.dtype)  # [n, 1]
-            first_number += len(interests.centres)
+            first_number += features.n_items + 1
         candidates = torch.stack([unit(part) for part in parts]).mean(0)
         if "item" in self.ids:
             vectors = rows_of(self.ids["item"], ids)
@@ -122,11 +132,12 @@ class MISSRec(Recommender):
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         packing = batch.packing
         inputs = {name: F.embedding(batch.items, table) for name, table in catalogue.inputs.items()}  # [W, Q, ...]
-        users = inputs["item"].new_empty(len(batch), inputs["item"].shape[-1])
-        for group in packing.groups():
+        groups, encoded = packing.groups(), []
+        for group in groups:
             padded = {name: packing.padded(x, group) for name, x in inputs.items()}  # [b, L, ...]
-            users[group.examples] = self._encode(padded, packing.lengths[group.examples])
-        return unit(users)
+            encoded.append(self._encode(padded, packing.lengths[group.examples]))
+        order = torch.cat([group.examples for group in groups])
+        return unit(torch.cat(encoded)[torch.argsort(order)])
 
     def _encode(self, inputs: dict[str, Tensor], lengths: Tensor) -> Tensor:
         """Padded inputs [b, L, ...] of histories of these lengths [b] -> [b, D]."""
@@ -151,19 +162,21 @@ def _repeated(numbers: Tensor) -> Tensor:
 
 @torch.no_grad()
 def find_interests(features: ItemFeatures, modality: Modality, ratio: float) -> Interests:
-    """k-means over the features that exist, from centres spread evenly over the items: the same clusters in every run."""
+    """k-means over the features that exist, from centres spread evenly over the items: the same clusters in every run.
+
+    In float64 on the CPU, whatever a step's precision is. Its work grows with the square of the items: up to about 100,000.
+    """
     numbers = torch.nonzero(features.present[modality])[:, 0]
-    raw, _ = features.rows(modality, numbers)  # [m, F]
-    k = max(1, math.ceil(ratio * len(numbers)))
-    centres = (
-        raw[torch.linspace(0, len(raw) - 1, k, device=raw.device).round().long()].clone() if len(raw) else raw.new_zeros(0, raw.shape[1])
-    )
-    own = torch.zeros(len(raw), dtype=torch.long, device=raw.device)
+    found, _ = features.rows(modality, numbers)  # [m, F]
+    raw = found.cpu().double()
+    k = max(1, math.ceil(ratio * len(raw)))
+    centres = raw[torch.linspace(0, len(raw) - 1, k).round().long()] if len(raw) else raw.new_zeros(0, raw.shape[1])
+    own = torch.zeros(len(raw), dtype=torch.long)
     for _ in range(CLUSTER_ROUNDS if len(raw) else 0):
         own = torch.cat([torch.cdist(part, centres).argmin(1) for part in raw.split(max(1, DISTANCES_AT_ONCE // k))])
         counts = torch.bincount(own, minlength=k)[:, None]
         sums = torch.zeros_like(centres).index_add_(0, own, raw)
         centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
-    of_item = torch.zeros(features.n_items + 1, dtype=torch.long, device=raw.device)
-    of_item[numbers] = own + 1
-    return Interests(of_item, F.pad(centres, (0, 0, 1, 0)))
+    of_item = torch.zeros(features.n_items + 1, dtype=torch.long)
+    of_item[numbers.cpu()] = own + 1
+    return Interests(of_item.to(found.device), F.pad(centres, (0, 0, 1, 0)).to(found))

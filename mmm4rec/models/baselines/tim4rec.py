@@ -2,12 +2,13 @@
 
 Kept: dropout and a layer norm on the items' vectors; layers of the time-aware SSD block and a feed-forward part, the time
 signal passed on from layer to layer. They are MMM4Rec's own blocks with one stream (models/mmm4rec.py).
-Left out: what MMM4Rec's release inherits as faults (models/quirks.py); gaps are normalised over a history's own positions.
+Otherwise: gaps are normalised over a history's own positions, without what MMM4Rec's release inherits as faults
+(models/quirks.py); there is a residual around the block in a single layer too; the time signal has no dropout rate of its own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
@@ -26,9 +27,8 @@ from mmm4rec.models.ssd import Implementation
 
 @dataclass(frozen=True)
 class TiM4RecConfig(EncoderConfig):
-    """The release's defaults for small catalogues, and the published form of the time input without its padding."""
+    """The release's sizes for Amazon Beauty, and the published form of the time input without its padding."""
 
-    layers: int = 1
     dropout: float = 0.4
     ffn_width: int = 256
     expand: int = 2
@@ -38,7 +38,7 @@ class TiM4RecConfig(EncoderConfig):
     time: bool = True
     time_encoding: Literal["log", "masked_norm"] = "masked_norm"
     time_step: TimeStep = "scale"
-    scan: Implementation = field(default="auto")
+    scan: Implementation = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,7 +4,8 @@ Kept: the adaptor (parametric whitening, noisy gates over all experts), SASRec's
 pre-training over the texts of several domains by the next item among those of the batch (`training.loss=in_batch` with
 `mixed_batches`); fine-tuning with text alone (`ids=false`, its "inductive" form) or with item ids ("transductive"), the
 encoder held fast (`freeze_encoder`) or not.
-Otherwise: what is random in the items' vectors is drawn once an optimizer step, for histories and candidates alike.
+Otherwise: what is random in the items' vectors is drawn once an optimizer step and not anew for histories and candidates (a
+catalogue of many blocks excepted); padding is no class of the softmax.
 Left out: the contrast of a history with a thinned one in pre-training, which the paper weighs with 0.001.
 """
 
@@ -20,8 +21,8 @@ from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures, Modality
-from mmm4rec.models.baselines.blocks import CausalTransformer, initialise, item_table, unit
-from mmm4rec.models.baselines.config import TransformerConfig, streams_of
+from mmm4rec.models.baselines.blocks import CausalTransformer, feature_rows, initialise, item_table, unit
+from mmm4rec.models.baselines.config import TransformerConfig, check, streams_of
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 
@@ -38,7 +39,11 @@ class UniSRecConfig(TransformerConfig):
     experts: int = 8
     adaptor_dropout: float = 0.2
     temperature: float = 0.07
-    freeze_encoder: bool = False  # after pre-training the paper trains adaptor and item ids alone
+    freeze_encoder: bool = False  # after pre-training the paper trains adaptor, input norm and item ids alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, adaptor_dropout=0 <= self.adaptor_dropout < 1, temperature=self.temperature > 0)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -85,14 +90,15 @@ class UniSRec(Recommender):
     def __init__(self, config: UniSRecConfig, *, n_items: int | None, feature_dimensions: Mapping[Modality, int]) -> None:
         super().__init__()
         self.temperature = config.temperature
-        self.modalities = tuple(feature_dimensions)
+        self.sizes = dict(feature_dimensions)
         self.ids = item_table(n_items if config.ids else None, config.width)
         self.adaptor = Adaptor(sum(feature_dimensions.values()), config)
         self.encoder = CausalTransformer(config)
-        self.encoder.requires_grad_(not config.freeze_encoder)
+        for part in (self.encoder.positions, self.encoder.encoder):
+            part.requires_grad_(not config.freeze_encoder)
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
-        raw = torch.cat([features.rows(modality, ids)[0] for modality in self.modalities], dim=-1)  # [n, F], 0 where absent
+        raw = torch.cat([feature_rows(features, modality, size, ids)[0] for modality, size in self.sizes.items()], dim=-1)  # [n, F]
         vectors = self.adaptor(raw)
         if "item" in self.ids:
             vectors = vectors + rows_of(self.ids["item"], ids)
