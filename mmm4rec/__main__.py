@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help=override,
+        help="override single keys of the config; recommender=sasrec trains another model",
     )
     command.add_argument("--print-config", action="store_true", help="print every key with its value, and train nothing")
     command.add_argument("--resume", action="store_true", help="continue from OUT/last.ckpt where there is one")

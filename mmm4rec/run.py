@@ -133,7 +133,8 @@ def resolve(config: RunConfig, domains: tuple[Domain, ...]) -> RunConfig:
     model, training = config.model, config.training
     untimed = [domain.name for domain in domains if domain.timestamps is None]
     if model.time and untimed:
-        log.warning("domain %s has no timestamps: model.time is turned off, and with it the Fourier filter", ", ".join(untimed))
+        with_it = ", and with it the Fourier filter" if config.recommender == "mmm4rec" else ""
+        log.warning("domain %s has no timestamps: model.time is turned off%s", ", ".join(untimed), with_it)
         model = replace(model, time=False)
     if len(domains) > 1:
         model = model.without_ids()

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mmm4rec.config import from_dict, merge
 from mmm4rec.errors import BadInput
-from mmm4rec.models.kinds import KINDS, Kind, Name
+from mmm4rec.models.kinds import KINDS, Kind, Name, known_fields
 from mmm4rec.models.mmm4rec import ModelConfig
 from mmm4rec.training.checkpoint import load_description
 from studies.space import Parameter, broken_condition
@@ -69,7 +69,7 @@ class Cell:
 def build_cells(spec: Spec, sources: Mapping[str, Source]) -> tuple[tuple[Cell, ...], tuple[str, ...]]:
     """The study's cells in the spec's order, and warnings: time turned off, features missing, pre-trained layers dropped.
 
-    Every arm has as many layers as were pre-trained, scratch too, unless its own model says otherwise.
+    Every arm of the pre-trained recommender has as many layers as were pre-trained, unless its own model says otherwise.
     Raises BadInput where a domain is unknown or was pre-trained on, an arm searches a filter size that it has no
     filter for, or the spec's checkpoint is no model of ours. Reads that file's header, where it exists, and no other.
     """
@@ -95,7 +95,13 @@ def _pretrained_depth(spec: Spec) -> int | None:
         kind, told = spec.pretrain.recommender, merge(known_model(spec.pretrain.recommender, spec.model), spec.pretrain.model)
         return int(from_dict(KINDS[kind].config, told, source=f"study {spec.study}, pretrain").layers)
     file = Path(spec.pretrain.checkpoint)
-    return int(load_description(file)["config"]["model"]["layers"]) if file.is_file() else None
+    if not file.is_file():
+        return None
+    told = load_description(file)["config"]
+    if (kind := told.get("recommender", "mmm4rec")) != spec.pretrain.recommender:
+        rule = f"holds a model of {kind}, and study '{spec.study}' has pretrain.recommender {spec.pretrain.recommender}."
+        raise BadInput(rule, file=file, remedy="Set pretrain.recommender, or give another file.")
+    return int(told["model"]["layers"])
 
 
 def _featureless(cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -180,11 +186,6 @@ def _searchable(kind: Kind, recommender: Name, key: str) -> bool:
     """Whether a parameter of a search space changes anything in a run of this recommender."""
     section, _, name = key.partition(".")
     return name.partition(".")[0] in known_fields(recommender) if section == "model" else kind.trained
-
-
-def known_fields(recommender: Name) -> tuple[str, ...]:
-    """What a recommender's config knows."""
-    return tuple(field.name for field in fields(KINDS[recommender].config))
 
 
 def known_model(recommender: Name, model: Mapping[str, Any]) -> dict[str, Any]:

@@ -123,8 +123,8 @@ def _cell_cost(budget: Budget, cell: Cell, weight: Weight | None) -> CellCost:
         cell=cell.name,
         search_trials=cell.search_trials,
         confirm_trials=cell.confirm_seeds,
-        epochs_at_most=cell.search_trials * budget.epochs + confirm_epochs,
-        epochs_expected=expected_search_epochs(cell.search_trials, budget) + confirm_epochs,
+        epochs_at_most=cell.search_trials * budget.epochs + confirm_epochs if trained else 0,
+        epochs_expected=expected_search_epochs(cell.search_trials, budget) + confirm_epochs if trained else 0.0,
         weight=weight if trained else Weight(0),
     )
 

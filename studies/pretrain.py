@@ -32,12 +32,13 @@ from mmm4rec.config import from_dict, merge, to_dict
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.models.hub import WEIGHTS
+from mmm4rec.models.kinds import known_fields
 from mmm4rec.models.mmm4rec import MMM4Rec
 from mmm4rec.run import RunConfig
 from mmm4rec.training import distributed
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.loop import Diverged, EpochReport
-from studies.cells import Source, known_fields, known_model
+from studies.cells import Source, known_model
 from studies.checkpoints import RecentCheckpoints, newest_steps
 from studies.conductor import read_lines, whole_lines
 from studies.files import logged

@@ -34,7 +34,7 @@ from typing import Any, Literal
 from mmm4rec.config import from_dict, load_yaml, to_dict
 from mmm4rec.data.demo import DemoConfig
 from mmm4rec.errors import BadInput
-from mmm4rec.models.kinds import Name
+from mmm4rec.models.kinds import KINDS, Name, known_fields
 from mmm4rec.training.metrics import METRIC_NAMES
 from studies.space import Parameter
 
@@ -90,6 +90,8 @@ class Pretrain:
             raise ValueError(
                 f"workers is {self.workers} and min_workers {self.min_workers}; they must be at least 1, and min_workers no more."
             )
+        if not KINDS[self.recommender].trained:
+            raise ValueError(f"has recommender {self.recommender}, which is not trained.")
         if self.keep_checkpoints < 1:
             raise ValueError(f"keep_checkpoints is {self.keep_checkpoints}; it must be at least 1.")
         if bool(self.sources) == (self.checkpoint is not None):
@@ -111,6 +113,8 @@ class Arm:
     def __post_init__(self) -> None:
         if self.zero_shot and self.init != "pretrained":
             raise ValueError("zero_shot needs init: pretrained.")
+        if self.zero_shot and "ids" not in known_fields(self.recommender):
+            raise ValueError(f"zero_shot needs a model that can be without item ids, and {self.recommender} cannot.")
 
 
 @dataclass(frozen=True)
@@ -243,6 +247,11 @@ class Spec:
             raise ValueError("budget.gpu_hours limits trials on GPUs, and resources.gpus is 0.")
         if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
             raise ValueError("has pretrained arms and no `pretrain`.")
+        kinds: set[Name] = {"mmm4rec", *(arm.recommender for arm in self.arms.values())}
+        kinds |= {self.pretrain.recommender} if self.pretrain else set()
+        for key in [*self.model, *(name.split(".")[1] for name in self.space if name.startswith("model."))]:
+            if not any(key in known_fields(kind) for kind in kinds):
+                raise ValueError(f"sets or searches model.{key}, which none of its recommenders knows: {', '.join(sorted(kinds))}.")
         odd = {arm for _, arm in pairs if self.arms[arm].init == "pretrained" and self.arms[arm].recommender != self.pretrained_kind}
         if odd:
             raise ValueError(f"arm '{min(odd)}' is {self.arms[min(odd)].recommender}, and {self.pretrained_kind} is pre-trained.")

@@ -22,11 +22,16 @@ from mmm4rec.data.features import ItemFeatures
 from mmm4rec.errors import BadInput
 from mmm4rec.execute import execute
 from mmm4rec.inference import open_model, recommend
+from mmm4rec.leak import check_leaks
+from mmm4rec.models.baselines.blocks import NORM_EPS
+from mmm4rec.models.baselines.bsarec import BSARecConfig, FrequencyLayer
+from mmm4rec.models.baselines.hm4sr import HM4SRConfig, InteractiveMixture, TemporalMixture
 from mmm4rec.models.baselines.item_knn import ItemKNN, ItemKNNConfig
 from mmm4rec.models.baselines.mamba4rec import Mamba4RecConfig, MambaBlock
-from mmm4rec.models.baselines.missrec import find_interests
+from mmm4rec.models.baselines.missrec import _repeated, find_interests
+from mmm4rec.models.baselines.unisrec import Adaptor, UniSRecConfig
 from mmm4rec.models.kinds import KINDS, NAMES
-from mmm4rec.models.recommender import joined
+from mmm4rec.models.recommender import Catalogue, joined
 from mmm4rec.run import Assembled, RunConfig, assemble
 from mmm4rec.training.checkpoint import load_model
 from mmm4rec.training.evaluate import Ranking, evaluate
@@ -138,7 +143,7 @@ def test_the_target_and_what_follows_are_not_seen(make_domain: Callable[..., Dom
 
 @pytest.mark.parametrize(("name", "changes"), FORMS)
 def test_the_history_is_read(make_domain: Callable[..., Domain], name: str, changes: dict[str, Any]) -> None:
-    """Users with other histories get other scores, but of popularity; all of a user's last items matter, but to last_item."""
+    """Users with other histories get other scores, and so does a user one item earlier; but of popularity."""
     assembled = stirred(told(name, make_domain(), changes))
     users, ends = (part[:20] for part in assembled.run.data[0].valid)
     found = scores(assembled, users, ends)
@@ -211,23 +216,59 @@ def test_the_gradient_is_that_of_the_plain_loss(make_domain: Callable[..., Domai
             torch.testing.assert_close(ours[key], parameter.grad, rtol=2e-3, atol=2e-6, msg=lambda text, key=key: f"{key}: {text}")
 
 
-@pytest.mark.parametrize("name", ["sasrec", "unisrec"])
-def test_what_is_random_in_items_is_the_same_in_every_block(
-    make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch, name: str
+def test_both_passes_over_a_catalogue_of_many_blocks_see_the_same_noise(
+    make_domain: Callable[..., Domain], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A catalogue of many blocks: the loss's two passes draw the same noise, so a second call gives the same gradient."""
+    """UniSRec's vectors are random in training: a block is computed twice, for the sum and for the gradient, and comes out alike."""
     monkeypatch.setattr("mmm4rec.data.features.ITEMS_AT_ONCE", 10)
     monkeypatch.setattr("mmm4rec.data.features.BLOCK_ITEMS", {"cpu": 7, "cuda": 7})
-    assembled = assemble(told(name, make_domain(), {"content": "both"} if name == "sasrec" else {}))
-    run = assembled.run
+    run = assemble(told("unisrec", make_domain())).run
     run.model.train()
-    plans, found = [run.sampler.plan(1, 0)], []
-    for drawn in (1, 5):
-        torch.randn(drawn)
-        run.model.zero_grad()
-        add_gradient(run, prepare(run, plans, 0))
-        found.append(torch.cat([part.grad.flatten() for part in run.model.parameters() if part.grad is not None]))
-    torch.testing.assert_close(*found, rtol=0, atol=0)
+    seen: dict[int, list[Tensor]] = {}
+    items = run.model.items
+
+    def recorded(features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        found = items(features, ids)
+        if isinstance(ids, slice):
+            seen.setdefault(ids.start, []).append(found.candidates.detach())
+        return found
+
+    monkeypatch.setattr(run.model, "items", recorded)
+    add_gradient(run, prepare(run, [run.sampler.plan(1, 0)], 0))
+    assert len(seen) == 5
+    for first, second in seen.values():
+        torch.testing.assert_close(first, second, rtol=0, atol=0)
+    alone = [part[0] for part in seen.values()]
+    run.state.optimizer_steps += 1
+    add_gradient(run, prepare(run, [run.sampler.plan(1, 0)], 1))
+    assert not torch.equal(seen[1][2], alone[0])  # another step, another noise
+
+
+@pytest.mark.parametrize(("name", "changes"), FORMS)
+def test_half_precision_trains(make_domain: Callable[..., Domain], tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    result = drain(told(name, make_domain(), changes, training={"precision": "bf16", "epochs": 1}), tmp_path / "run")
+    assert np.isfinite(result["test"]["mrr"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("sasrec", {"content": "both", "ids": False}), ("unisrec", {"modalities": "both"}), ("missrec", {}), ("mmm4rec", {})],
+)
+def test_a_domain_may_lack_what_another_has(make_domain: Callable[..., Domain], tmp_path: Path, name: str, changes: dict[str, Any]) -> None:
+    """Pre-trained on a shop with both modalities and one with texts alone; ranked, zero-shot, on one with pictures alone."""
+    shops = [make_domain("a"), make_domain("b", modalities=("text",))]
+    pictures = make_domain("c", modalities=("image",), seed=2)
+    training = {"loss": "in_batch", "mixed_batches": True, "epochs": 1}
+    drain(told(name, shops, changes, training=training, data={"examples": "all", "zero_shot": [str(pictures.path)]}), tmp_path / "run")
+    model, data, device = open_model(tmp_path / "run" / "best.safetensors", pictures.path)
+    assert np.isfinite(evaluate(model, data, *pictures.examples("test").at(np.arange(60)), device)).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_leak_check_finds_nothing(make_domain: Callable[..., Domain], name: str) -> None:
+    run = stirred(told(name, make_domain())).run
+    report = check_leaks(run.model, run.data[0])
+    assert report.verdict == "clean"
 
 
 @pytest.mark.parametrize("name", ["popularity", "item_knn", "gru4rec", "sasrec", "bsarec", "mamba4rec", "tim4rec", "hm4sr"])
@@ -244,7 +285,7 @@ def test_a_model_of_content_needs_features(make_domain: Callable[..., Domain], n
 
 @pytest.mark.parametrize("name", ["unisrec", "missrec"])
 def test_pre_trained_on_two_domains_and_moved_to_a_third(make_domain: Callable[..., Domain], tmp_path: Path, name: str) -> None:
-    """The weights of content go along, zero-shot ranking works, item ids are new; UniSRec's encoder may stay as it is."""
+    """The weights of content go along, zero-shot ranking works, item ids are new; the encoder may stay as it is."""
     sources = [make_domain("a", seed=1), make_domain("b", seed=2)]
     target = make_domain("c", seed=3)
     training = {"loss": "in_batch", "mixed_batches": True, "accumulation": 1}
@@ -253,16 +294,17 @@ def test_pre_trained_on_two_domains_and_moved_to_a_third(make_domain: Callable[.
     file = tmp_path / "source" / "best.safetensors"
     model, unseen, device = open_model(file, target.path)
     assert len(evaluate(model, unseen, *target.examples("valid").at(np.arange(60)), device)) == 60
-    changes = {"freeze_encoder": True} if name == "unisrec" else {}
+    changes = {"freeze_encoder": True}
     assembled = assemble(told(name, target, changes, init=str(file)))
     assert assembled.transfer is not None
     assert assembled.transfer.new == ["ids.item"]
     assert not assembled.transfer.skipped
     drain(told(name, target, changes, init=str(file)), tmp_path / "target")
     before, after = load_model(file)[0], load_model(tmp_path / "target" / "best.safetensors")[0]
-    moved = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
-    assert ("encoder" in moved) == (name == "missrec")
-    assert ("adaptor" in moved) or ("adapters" in moved)
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    frozen = {"unisrec": ("encoder.encoder.", "encoder.positions."), "missrec": ("encoder.", "decoder.", "positions.")}[name]
+    assert not [key for key in moved if key.startswith(frozen)]
+    assert {"unisrec": {"adaptor.gate", "encoder.norm.weight"}, "missrec": {"adapters.text.weight", "norm.weight"}}[name] <= moved
 
 
 def test_without_timestamps_time_is_off(make_domain: Callable[..., Domain]) -> None:
@@ -287,7 +329,11 @@ def test_a_config_of_another_model_is_refused(make_domain: Callable[..., Domain]
         ("sasrec", {"ids": False}, "nothing to learn from"),
         ("missrec", {"layers": 3}, "must be even"),
         ("missrec", {"interest_ratio": 0.0}, "interest_ratio"),
+        ("missrec", {"temperature": -1.0}, "temperature"),
+        ("unisrec", {"adaptor_dropout": 1.0}, "adaptor_dropout"),
         ("bsarec", {"alpha": 1.5}, "alpha"),
+        ("bsarec", {"cutoff": 99}, "cutoff"),
+        ("item_knn", {"recency": -1.0}, "recency"),
         ("gru4rec", {"dropout": 1.0}, "dropout"),
         ("item_knn", {"neighbours": 0}, "neighbours"),
         ("tim4rec", {"head_width": 7}, "head_width"),
@@ -370,6 +416,69 @@ def test_interests_are_the_clusters_that_the_features_have() -> None:
     for h in range(3):
         centre = found.centres[found.of_item[2 + 4 * h]]
         torch.testing.assert_close(centre, table[2 + 4 * h : 6 + 4 * h].mean(0))
+
+
+def test_the_filter_of_bsarec_by_an_explicit_fourier_sum() -> None:
+    """Cutoff 3 keeps the mean and the first harmonic; the rest is scaled by the square; then residual and layer norm."""
+    layer = FrequencyLayer(BSARecConfig(width=4, max_len=8, cutoff=3, dropout=0.0)).eval()
+    x, T = torch.randn(2, 8, 4, dtype=torch.float64), 8
+    place = torch.arange(T, dtype=torch.float64)
+    low = x.mean(1, keepdim=True).expand_as(x).clone()
+    for wave in (torch.cos(2 * torch.pi * place / T), torch.sin(2 * torch.pi * place / T)):
+        low += 2 / T * torch.einsum("t,btd->bd", wave, x)[:, None] * wave[:, None]
+    scaled = low + layer.scale.double() ** 2 * (x - low) + x
+    expected = torch.nn.functional.layer_norm(scaled, (4,), eps=NORM_EPS)
+    torch.testing.assert_close(layer.double()(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_adaptor_of_unisrec_by_its_formula() -> None:
+    """A softmax over the gates times W_e (x - b_e); in training the gates are noisy, in evaluation not."""
+    adaptor = Adaptor(5, UniSRecConfig(width=4, heads=2, experts=3, adaptor_dropout=0.0)).eval()
+    with torch.no_grad():
+        for parameter in adaptor.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x, weights = torch.randn(6, 5), adaptor.experts.weight.view(3, 4, 5)
+    gates = torch.softmax(x @ adaptor.gate, dim=-1)
+    expected = sum(gates[:, e, None] * ((x - adaptor.shifts[e]) @ weights[e].T) for e in range(3))
+    torch.testing.assert_close(adaptor(x), expected)
+    adaptor.train()
+    assert not torch.allclose(adaptor(x), expected)
+    deviation = torch.stack([adaptor(x) for _ in range(400)]).mean(0) - expected
+    assert deviation.abs().max() < 3  # around it: noise of mean 0 in the gates
+
+
+def test_interests_count_once_and_candidates_weigh_their_modalities_alike(make_domain: Callable[..., Domain]) -> None:
+    """MISSRec: a number that stood before is masked; a candidate is a third of each of its three unit vectors."""
+    assert _repeated(torch.tensor([[3.0, 5, 3, 0, 5]])).tolist() == [[False, False, True, False, True]]
+    run = stirred(told("missrec", make_domain())).run
+    run.model.eval()
+    features = run.data[0].features
+    parts = [adapter(features.vectors[name]) for name, adapter in run.model.adapters.items()]  # type: ignore[operator, union-attr, index]
+    expected = sum(torch.nn.functional.normalize(part, dim=-1) for part in (*parts, run.model.ids["item"])) / 3  # type: ignore[index, misc]
+    catalogue = run.model.items(features)
+    torch.testing.assert_close(catalogue.candidates[1:], expected[1:])
+    torch.testing.assert_close(catalogue.inputs["item"][1:], (parts[0] + parts[1] + run.model.ids["item"])[1:])  # type: ignore[index]
+
+
+def test_the_mixtures_of_hm4sr_by_their_formulas() -> None:
+    """Streams gain gate-weighed words of experts that read them all; time scales them by gate-weighed vectors."""
+    config = HM4SRConfig(width=4, heads=2, experts=2, time_experts=3, interval_scale=2)
+    streams = [torch.randn(1, 2, 4) for _ in range(2)]
+    mixture = InteractiveMixture(config, 2)
+    with torch.no_grad():
+        mixture.weights.copy_(torch.tensor([0.5, 2.0]))
+    joined_, weight, bias = torch.cat(streams, -1), mixture.experts.weight.view(2, 8, 8), mixture.experts.bias.view(2, 8)
+    for s, (x, found) in enumerate(zip(streams, mixture(streams), strict=True)):
+        gate = mixture.gates[s](x).softmax(-1)
+        said = sum(gate[..., e, None] * (joined_ @ weight[e].T + bias[e])[..., 4 * s : 4 * s + 4] for e in range(2))
+        torch.testing.assert_close(found, x + mixture.weights[s] * said)
+    temporal = TemporalMixture(config, 2)
+    gaps, days = torch.tensor([[0.0, 7.0]]), torch.tensor([[0.0, 3.0]])  # log2(7 + 1) is 3: interval 6 of two a doubling
+    frequencies = 10_000 ** -(torch.arange(4) / 4)
+    when = torch.cos((days[..., None] * temporal.time.weight[:, 0] + temporal.time.bias) * frequencies)
+    route = temporal.gate(torch.cat([temporal.intervals(torch.tensor([[0, 6]])), when], -1)).softmax(-1)
+    for s, (x, found) in enumerate(zip(streams, temporal(streams, gaps, days), strict=True)):
+        torch.testing.assert_close(found, x * (route @ temporal.experts[:, s]))
 
 
 def test_gbce_against_its_definition() -> None:

@@ -227,6 +227,17 @@ def test_a_recommender_takes_of_the_study_what_its_config_knows() -> None:
         build_cells(spec(**told), untimed)
 
 
+def test_a_key_that_no_recommender_knows_is_no_key() -> None:
+    for broken in ({"model": {"widht": 8}}, {"space": {"model.dropuot": {"low": 0.1, "high": 0.5}}}):
+        with pytest.raises(BadInput, match=r"sets or searches model\.(widht|dropuot), which none of its recommenders knows"):
+            spec(**broken)
+    with pytest.raises(BadInput, match="has recommender item_knn, which is not trained"):
+        spec(pretrain={"sources": ["bazaar"], "recommender": "item_knn"})
+    zero_shot = {"tim": {"recommender": "tim4rec", "init": "pretrained", "zero_shot": True}}
+    with pytest.raises(BadInput, match="tim4rec cannot"):
+        spec(arms=zero_shot, cells=[{"domains": ["attic"], "arms": ["tim"]}], baseline=None)
+
+
 def test_what_is_pre_trained_is_what_its_arms_are() -> None:
     arms = {"moved": {"recommender": "unisrec", "init": "pretrained"}, "other": {"init": "pretrained"}}
     pretrain = {"sources": ["bazaar"], "recommender": "unisrec", "model": {"layers": 3}}

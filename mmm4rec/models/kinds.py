@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from mmm4rec.data.domain import Domain
@@ -87,3 +87,8 @@ KINDS: dict[Name, Kind] = {
     "missrec": Kind(MISSRecConfig, _of_content(MISSRec), needs_features=True),
     "hm4sr": Kind(HM4SRConfig, _of_content(HM4SR)),
 }
+
+
+def known_fields(name: Name) -> tuple[str, ...]:
+    """What a recommender's config knows."""
+    return tuple(field.name for field in fields(KINDS[name].config))
