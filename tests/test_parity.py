@@ -24,6 +24,7 @@ def test_the_difference_is_welchs_by_hand() -> None:
     from scipy.stats import t
 
     assert found.high == pytest.approx(-1.0 + t.ppf(0.975, freedom) * error)
+    assert (parity.difference((1.0, 2.0), (3.0,)).mean, parity.difference((1.0, 2.0), (3.0,)).low) == (-1.5, None)
     assert found.low == pytest.approx(-1.0 - t.ppf(0.975, freedom) * error)
 
 
