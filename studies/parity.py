@@ -4,7 +4,9 @@
     python studies/parity.py --tables         # results/parity/table.* from the committed figures alone
 
 Theirs are in results/parity/theirs.csv, one row a run, with where each comes from: RecBole 1.2.1 (`parity_recbole.py` runs it) and
-the releases of UniSRec and MISSRec, trained from scratch on the same files. A difference comes with Welch's 95 % interval over seeds.
+the models of UniSRec's and MISSRec's releases, trained through RecBole from scratch on the same files with their own settings, but for
+histories of 20 items and metrics of six digits. (MISSRec's k-means, as it is coded, puts every item into one interest.) None of their
+code is here. A difference comes with Welch's 95 % interval over seeds.
 """
 
 from __future__ import annotations
