@@ -306,16 +306,16 @@ def test_candidates_are_the_targets_and_as_many_draws_as_told(make_domain: MakeD
     assert len(parts) == len(plans)
     for part, plan in zip(parts, plans, strict=True):
         assert part.candidates is not None
-        items, log_weights = part.candidates.items[0].numpy(), part.candidates.log_weights.numpy()
+        items, log_weights = part.candidates.items[0].numpy(), part.candidates.weights.numpy()
         assert (np.diff(items) > 0).all()
         assert set(data.domain.items[data.domain.offsets[plan.shares[0].users] + plan.shares[0].ends]) <= set(items)
         drawn = np.exp(log_weights) * 40 * chance[items - 1]
         np.testing.assert_allclose(drawn, drawn.round(), atol=1e-9)
         assert drawn.sum() == pytest.approx(40)
     again, later = prepare(run, plans, 0), prepare(run, plans, 1)
-    assert all(torch.equal(a.candidates.log_weights, b.candidates.log_weights) for a, b in zip(parts, again, strict=True))  # type: ignore[union-attr]
+    assert all(torch.equal(a.candidates.weights, b.candidates.weights) for a, b in zip(parts, again, strict=True))  # type: ignore[union-attr]
     every = [part.candidates for part in [*parts, *later] if part.candidates is not None]
-    samples = [tuple(candidates.items[0][candidates.log_weights.isfinite()].tolist()) for candidates in every]
+    samples = [tuple(candidates.items[0][candidates.weights.isfinite()].tolist()) for candidates in every]
     assert len(set(samples)) == 2 * len(plans), "each micro-batch of each step draws anew"
 
 
@@ -328,7 +328,7 @@ def test_items_are_drawn_by_their_chance(make_domain: MakeDomain, power: float) 
     expected = n * counts**power / (counts**power).sum()
     candidates = prepare(run, plans_of(run.data[0]), 0)[0].candidates
     assert candidates is not None
-    drawn = np.exp(candidates.log_weights.numpy()) * expected
+    drawn = np.exp(candidates.weights.numpy()) * expected
     assert len(drawn) == ITEMS
     assert ((drawn - expected) ** 2 / expected).sum() < 70
 
@@ -343,7 +343,7 @@ def test_the_sampled_step_is_the_plain_loss_over_its_candidates(make_domain: Mak
     plain_loss = torch.zeros((), dtype=torch.float64)
     for part in parts:
         assert part.candidates is not None
-        ids, log_weights, catalogue = part.candidates.items[0], part.candidates.log_weights, run.model.items(run.data[0].features)
+        ids, log_weights, catalogue = part.candidates.items[0], part.candidates.weights, run.model.items(run.data[0].features)
         assert log_weights.isinf().any()
         for chunk in part.chunks:
             inputs = {name: vectors[chunk.ids] for name, vectors in catalogue.inputs.items()}
