@@ -24,6 +24,7 @@ from mmm4rec.config import from_dict, to_dict
 from mmm4rec.data.demo import write_demo
 from mmm4rec.data.domain import fingerprint, open_domain
 from mmm4rec.execute import execute
+from mmm4rec.training.checkpoint import load_description
 from studies.cells import Source, build_cells
 from studies.engine import run_config
 from studies.mlflow_tracker import store_uri
@@ -99,6 +100,32 @@ def test_the_main_table_is_what_the_kept_weights_rank_in_plain_numpy(killed: tup
             gain = np.where(rank <= cutoff, 1 / np.log2(1 + rank), 0)
             assert table.loc[cell.arm, f"ndcg@{cutoff} mean"] == pytest.approx(gain.mean(), abs=1e-6)
         assert table.loc[cell.arm, "mrr mean"] == pytest.approx((1 / rank).mean(), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_another_recommender_is_pre_trained_searched_and_moved(tmp_path: Path) -> None:
+    """UniSRec on the source, two workers; zero-shot and fine-tuned on the target beside models of item ids and one without training."""
+    (tmp_path / "tiny").mkdir()
+    write_demo(tmp_path / "tiny" / "domains", config=TINY_SHOPS)
+    pretrain = {**TINY_STUDY["pretrain"], "recommender": "unisrec"}  # type: ignore[dict-item]
+    arms = {
+        "moved": {"recommender": "unisrec", "init": "pretrained"},
+        "zero_shot": {"recommender": "unisrec", "init": "pretrained", "zero_shot": True},
+        "gru4rec": {"recommender": "gru4rec"},
+        "item_knn": {"recommender": "item_knn", "space": {"model.window": {"low": 1, "high": 4, "integer": True}}},
+    }
+    cells = [{"domains": ["attic"], "arms": list(arms)}]
+    budget = {"search_trials": 2, "epochs": 2, "grace_epochs": 1, "confirm_seeds": 2}
+    driver = start(tmp_path, baseline="gru4rec", pretrain=pretrain, arms=arms, cells=cells, budget=budget)
+    output, _ = driver.communicate(timeout=360)
+    assert driver.returncode == 0, output
+    table = pd.read_csv(tmp_path / "tiny" / "tables" / "main.csv").set_index("arm")
+    assert table["seeds"].to_dict() == {"moved": 2, "zero_shot": 1, "gru4rec": 2, "item_knn": 1}
+    assert table["search trials"].to_dict() == {"moved": 2, "zero_shot": 0, "gru4rec": 2, "item_knn": 2}
+    assert "Unequal budgets" not in (tmp_path / "tiny" / "tables" / "main.md").read_text(encoding="utf-8")
+    assert load_description(tmp_path / "tiny" / "pretrain" / "best.safetensors")["config"]["recommender"] == "unisrec"
+    assert not (tmp_path / "tiny" / "pretrain" / "model").exists()  # a folder for MMM4Rec.from_pretrained
 
 
 @pytest.mark.slow
