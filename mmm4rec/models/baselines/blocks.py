@@ -16,7 +16,7 @@ from mmm4rec.data.batches import Packing
 from mmm4rec.data.features import ItemFeatures, Modality
 from mmm4rec.models.baselines.config import TransformerConfig
 from mmm4rec.models.dropout import Dropout
-from mmm4rec.models.recommender import rows_of
+from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 
 START_STD = 0.02  # of weights at the start, in all these papers' code
 NORM_EPS = 1e-12  # of their layer norms
@@ -42,6 +42,18 @@ def initialise_attention(module: nn.Module) -> None:
 def item_table(n_items: int | None, width: int) -> nn.ParameterDict:
     """A learned vector an item, `ids.item` [I + 1, D]; none where a model has no item ids."""
     return nn.ParameterDict({} if n_items is None else {"item": nn.Parameter(torch.randn(n_items + 1, width) * START_STD)})
+
+
+class OfIds(Recommender):
+    """A model of one domain that knows of an item its own learned vector alone."""
+
+    def __init__(self, n_items: int, width: int) -> None:
+        super().__init__()
+        self.ids = item_table(n_items, width)
+
+    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
+        vectors = rows_of(self.ids["item"], ids)
+        return Catalogue({"item": vectors}, vectors)
 
 
 def feature_rows(features: ItemFeatures, modality: Modality, size: int, ids: Tensor | slice | None) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
-from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.baselines.blocks import NORM_EPS, initialise, initialise_attention, item_table
+from mmm4rec.models.baselines.blocks import NORM_EPS, OfIds, initialise, initialise_attention
 from mmm4rec.models.baselines.config import TransformerConfig, check
 from mmm4rec.models.dropout import Dropout
-from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+from mmm4rec.models.recommender import Catalogue
 
 PADDED_AT_ONCE = 4  # positions with padding, for one of those that a batch has
 
@@ -78,21 +77,16 @@ class BSARecLayer(nn.Module):
         return self.norm(self.dropout(self.second(F.gelu(self.first(x)))) + x)
 
 
-class BSARec(Recommender):
+class BSARec(OfIds):
     """The model of one domain."""
 
     def __init__(self, config: BSARecConfig, *, n_items: int) -> None:
-        super().__init__()
+        super().__init__(n_items, config.width)
         self.config = config
-        self.ids = item_table(n_items, config.width)
         self.positions = nn.Embedding(config.max_len, config.width)
         self.norm, self.dropout = nn.LayerNorm(config.width, eps=NORM_EPS), Dropout(config.dropout)
         self.layers = nn.ModuleList(BSARecLayer(config) for _ in range(config.layers))
         self.apply(initialise).apply(initialise_attention)
-
-    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
-        vectors = rows_of(self.ids["item"], ids)
-        return Catalogue({"item": vectors}, vectors)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         x, T = F.embedding(batch.items, catalogue.inputs["item"]), self.config.max_len

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from mmm4rec.data.features import MODALITIES, Modality
@@ -89,6 +89,32 @@ class TransformerConfig(EncoderConfig):
     @property
     def sizes(self) -> tuple[str, ...]:
         return (*super().sizes, "heads", "ffn_width")
+
+
+@dataclass(frozen=True)
+class ContentConfig(TransformerConfig):
+    """A transformer over items' features, with or without vectors of their own, that is pre-trained and moved."""
+
+    width: int = 300
+    ids: bool = True
+    modalities: Literal["text", "image", "both"] = "both"
+    temperature: float = 0.07
+    freeze_encoder: bool = False  # positions and transformer stay as they were pre-trained
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self, temperature=self.temperature > 0)
+
+    @property
+    def streams(self) -> tuple[Modality, ...]:
+        return streams_of(self.modalities)
+
+    @property
+    def per_item(self) -> bool:
+        return self.ids
+
+    def without_ids(self) -> Self:
+        return replace(self, ids=False)
 
 
 def check(config: BaselineConfig, **rules: bool) -> None:

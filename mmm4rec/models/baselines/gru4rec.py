@@ -15,11 +15,10 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from mmm4rec.data.batches import Batch
-from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.baselines.blocks import item_table
+from mmm4rec.models.baselines.blocks import OfIds
 from mmm4rec.models.baselines.config import EncoderConfig
 from mmm4rec.models.dropout import Dropout
-from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+from mmm4rec.models.recommender import Catalogue
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,11 @@ class GRU4RecConfig(EncoderConfig):
         return (*super().sizes, "recurrent_width")
 
 
-class GRU4Rec(Recommender):
+class GRU4Rec(OfIds):
     """The model of one domain."""
 
     def __init__(self, config: GRU4RecConfig, *, n_items: int) -> None:
-        super().__init__()
-        self.ids = item_table(n_items, config.width)
+        super().__init__(n_items, config.width)
         nn.init.xavier_normal_(self.ids["item"])  # as RecBole
         self.dropout = Dropout(config.dropout)
         self.gru = nn.GRU(config.width, config.recurrent_width, config.layers, bias=False, batch_first=True)
@@ -48,10 +46,6 @@ class GRU4Rec(Recommender):
             if name.startswith("weight"):
                 nn.init.xavier_uniform_(weight)
         self.out = nn.Linear(config.recurrent_width, config.width)
-
-    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
-        vectors = rows_of(self.ids["item"], ids)
-        return Catalogue({"item": vectors}, vectors)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         x = self.dropout(batch.packing.padded(F.embedding(batch.items, catalogue.inputs["item"])))  # [B, L, D]

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch, Packing
-from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.baselines.blocks import NORM_EPS, initialise, item_table
+from mmm4rec.models.baselines.blocks import NORM_EPS, OfIds, initialise
 from mmm4rec.models.baselines.config import EncoderConfig
 from mmm4rec.models.blocks import CausalConv
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.fused import causal_conv
-from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+from mmm4rec.models.recommender import Catalogue
 
 
 @dataclass(frozen=True)
@@ -121,18 +120,13 @@ class MambaLayer(nn.Module):
         return self.norm(self.dropout(self.second(self.dropout(F.gelu(self.first(x))))) + x)
 
 
-class Mamba4Rec(Recommender):
+class Mamba4Rec(OfIds):
     """The model of one domain."""
 
     def __init__(self, config: Mamba4RecConfig, *, n_items: int) -> None:
-        super().__init__()
-        self.ids = item_table(n_items, config.width)
+        super().__init__(n_items, config.width)
         self.dropout, self.norm = Dropout(config.dropout), nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.layers))
-
-    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
-        vectors = rows_of(self.ids["item"], ids)
-        return Catalogue({"item": vectors}, vectors)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         x = self.norm(self.dropout(F.embedding(batch.items, catalogue.inputs["item"])))

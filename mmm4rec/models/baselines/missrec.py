@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures, Modality
 from mmm4rec.models.baselines.blocks import NORM_EPS, faster_dropout, feature_rows, initialise, item_table, transformer_encoder, unit
-from mmm4rec.models.baselines.config import TransformerConfig, check, streams_of
+from mmm4rec.models.baselines.config import ContentConfig, check
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 
@@ -34,34 +33,17 @@ DISTANCES_AT_ONCE = 2**24  # elements
 
 
 @dataclass(frozen=True)
-class MISSRecConfig(TransformerConfig):
-    """The release's defaults."""
+class MISSRecConfig(ContentConfig):
+    """The release's defaults; half of the layers are in the encoder, half in the decoder."""
 
-    width: int = 300
-    layers: int = 2  # half of them in the encoder, half in the decoder
     heads: int = 4
-    ids: bool = True
-    modalities: Literal["text", "image", "both"] = "both"
     interest_ratio: float = 0.5  # clusters a feature; the release pre-trains with .02
-    temperature: float = 0.07
-    freeze_encoder: bool = False  # after pre-training the release holds positions and transformer fast
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers % 2:
             raise ValueError(f"layers is {self.layers}; it must be even: one half encodes, the other decodes.")
-        check(self, interest_ratio=0 < self.interest_ratio <= 1, temperature=self.temperature > 0)
-
-    @property
-    def streams(self) -> tuple[Modality, ...]:
-        return streams_of(self.modalities)
-
-    @property
-    def per_item(self) -> bool:
-        return self.ids
-
-    def without_ids(self) -> Self:
-        return replace(self, ids=False)
+        check(self, interest_ratio=0 < self.interest_ratio <= 1)
 
 
 @dataclass(frozen=True)

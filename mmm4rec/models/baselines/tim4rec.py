@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmm4rec.data.batches import Batch
-from mmm4rec.data.features import ItemFeatures
-from mmm4rec.models.baselines.blocks import initialise, item_table
+from mmm4rec.models.baselines.blocks import OfIds, initialise
 from mmm4rec.models.baselines.config import EncoderConfig
 from mmm4rec.models.blocks import TimeStep
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.mmm4rec import Layer, ModelConfig, TimeInput
-from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
+from mmm4rec.models.recommender import Catalogue
 from mmm4rec.models.ssd import Implementation
 
 
@@ -50,39 +49,19 @@ class TiM4RecConfig(EncoderConfig):
 
     def one_stream(self) -> ModelConfig:
         """The same as a config of MMM4Rec's blocks. Raises ValueError where sizes do not fit."""
-        return ModelConfig(
-            width=self.width,
-            layers=self.layers,
-            ffn_width=self.ffn_width,
-            expand=self.expand,
-            head_width=self.head_width,
-            state=self.state,
-            conv_width=self.conv_width,
-            max_len=self.max_len,
-            dropout=self.dropout,
-            modalities="text",
-            time=self.time,
-            time_encoding=self.time_encoding,
-            time_step=self.time_step,
-            scan=self.scan,
-        )
+        return ModelConfig(modalities="text", **vars(self))
 
 
-class TiM4Rec(Recommender):
+class TiM4Rec(OfIds):
     """The model of one domain."""
 
     def __init__(self, config: TiM4RecConfig, *, n_items: int) -> None:
-        super().__init__()
+        super().__init__(n_items, config.width)
         stream = config.one_stream()
-        self.ids = item_table(n_items, config.width)
         self.dropout, self.norm = Dropout(config.dropout), nn.LayerNorm(config.width, eps=stream.norm_eps)
         self.time_input = TimeInput(stream) if config.time else None
         self.layers = nn.ModuleList(Layer(stream) for _ in range(config.layers))
         self.layers.apply(initialise)
-
-    def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
-        vectors = rows_of(self.ids["item"], ids)
-        return Catalogue({"item": vectors}, vectors)
 
     def users(self, batch: Batch, catalogue: Catalogue) -> Tensor:
         x = self.norm(self.dropout(F.embedding(batch.items, catalogue.inputs["item"])))

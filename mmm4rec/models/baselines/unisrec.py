@@ -12,8 +12,8 @@ Left out: the contrast of a history with a thinned one in pre-training, which th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal, Self
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mmm4rec.data.batches import Batch
 from mmm4rec.data.features import ItemFeatures, Modality
 from mmm4rec.models.baselines.blocks import CausalTransformer, feature_rows, initialise, item_table, unit
-from mmm4rec.models.baselines.config import TransformerConfig, check, streams_of
+from mmm4rec.models.baselines.config import ContentConfig, check
 from mmm4rec.models.dropout import Dropout
 from mmm4rec.models.recommender import Catalogue, Recommender, rows_of
 
@@ -30,35 +30,20 @@ NOISE_FLOOR = 1e-2  # of the gates' noise
 
 
 @dataclass(frozen=True)
-class UniSRecConfig(TransformerConfig):
-    """The release's defaults."""
+class UniSRecConfig(ContentConfig):
+    """The release's defaults. After pre-training the paper trains adaptor, input norm and item ids alone (`freeze_encoder`)."""
 
-    width: int = 300
-    ids: bool = True
     modalities: Literal["text", "image", "both"] = "text"  # the paper's content is text; of both the features are joined
     experts: int = 8
     adaptor_dropout: float = 0.2
-    temperature: float = 0.07
-    freeze_encoder: bool = False  # after pre-training the paper trains adaptor, input norm and item ids alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self, adaptor_dropout=0 <= self.adaptor_dropout < 1, temperature=self.temperature > 0)
+        check(self, adaptor_dropout=0 <= self.adaptor_dropout < 1)
 
     @property
     def sizes(self) -> tuple[str, ...]:
         return (*super().sizes, "experts")
-
-    @property
-    def streams(self) -> tuple[Modality, ...]:
-        return streams_of(self.modalities)
-
-    @property
-    def per_item(self) -> bool:
-        return self.ids
-
-    def without_ids(self) -> Self:
-        return replace(self, ids=False)
 
 
 class Adaptor(nn.Module):
