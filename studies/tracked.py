@@ -90,7 +90,8 @@ class TrackedCell:
     @property
     def trains(self) -> bool:
         """Whether it fits anything on the domain. What does not gives the same numbers under every seed."""
-        return self.search_trials > 0 or any(len(trial.curve) > 1 for trial in self.trials)
+        steps = [steps for trial in self.trials for steps, _ in trial.curve]
+        return max(steps) > 0 if steps else self.search_trials > 0
 
     def of_first(self, name: str) -> str | None:
         """A parameter of its confirm trials, as text; None where they do not tell it."""

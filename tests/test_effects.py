@@ -316,3 +316,11 @@ def test_a_study_whose_runs_kept_no_ranks_has_its_other_tables(moved: Path) -> N
 def test_a_baseline_is_an_arm_of_the_cells() -> None:
     with pytest.raises(BadInput, match="baseline is 'other', which is no arm of the cells: worse, scratch, popularity"):
         from_dict(Spec, {**PLAIN, "baseline": "other"}, source="test")
+
+
+def test_what_is_searched_and_takes_no_step_fits_nothing() -> None:
+    """As item_knn: its one run, at optimizer step 0, stands beside every seed."""
+    trained = cell("scratch", (1, 2))
+    counted = replace(trained, trials=tuple(replace(trial, curve=((0, 0.1),)) for trial in trained.trials), search_trials=4)
+    stepped = replace(trained, trials=tuple(replace(trial, curve=((0, 0.1), (7, 0.2))) for trial in trained.trials))
+    assert (trained.trains, counted.trains, stepped.trains) == (True, False, True)
