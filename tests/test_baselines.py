@@ -443,8 +443,6 @@ def test_the_adaptor_of_unisrec_by_its_formula() -> None:
     torch.testing.assert_close(adaptor(x), expected)
     adaptor.train()
     assert not torch.allclose(adaptor(x), expected)
-    deviation = torch.stack([adaptor(x) for _ in range(400)]).mean(0) - expected
-    assert deviation.abs().max() < 3  # around it: noise of mean 0 in the gates
 
 
 def test_interests_count_once_and_candidates_weigh_their_modalities_alike(make_domain: Callable[..., Domain]) -> None:

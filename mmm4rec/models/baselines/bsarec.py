@@ -99,7 +99,7 @@ class BSARec(OfIds):
         exists = torch.arange(T, device=x.device) >= T - lengths[:, None]  # [b, T]
         x = self.dropout(self.norm(x + self.positions.weight))
         place = torch.arange(T, device=x.device)
-        seen = (exists[:, None] & (place <= place[:, None])) | (place == place[:, None])  # [B, T, T]; what does not exist sees itself
+        seen = (exists[:, None] & (place <= place[:, None])) | (place == place[:, None])  # [b, T, T]; what does not exist sees itself
         hidden = (~seen).repeat_interleave(self.config.heads, dim=0)
         for layer in self.layers:
             x = layer(x * exists[..., None], hidden)
