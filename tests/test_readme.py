@@ -1,14 +1,16 @@
-"""The README's figures are those of the committed results."""
+"""The READMEs' figures are those of the committed results, and their links lead somewhere."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+READMES = [ROOT / "README.md", *(ROOT / part / "README.md" for part in ("mmm4rec", "studies", "cluster", "results"))]
 SCIENTIFIC = ROOT / "results" / "scientific_small"
 
 
@@ -44,17 +46,36 @@ def test_every_row_stands_in_a_generated_table() -> None:
         ROOT / "results/parity/table.md",
     ]
     generated = [row for file in files for row in rows_of(file)]
-    shown = rows_of(ROOT / "README.md")
-    assert len(shown) == (12 + 15) + 2 * 2 + (16 + 4 + 12) + (12 + 5) + 3 + 3 + 4 + 4
-    for row in shown:
+    shown, details = rows_of(ROOT / "README.md"), rows_of(ROOT / "results/README.md")
+    assert len(shown) == 6 + 16
+    assert len(details) == (12 + 15) + 2 * 2 + (4 + 12) + (12 + 5) + 3 + 3 + 4 + 4
+    for row in [*shown, *details]:
         twins = [other for other in generated if other[:2] == row[:2]]
         assert any(set(row) <= set(other) for other in twins), row
 
 
 def test_scientific_small_is_what_its_runs_say() -> None:
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    text = " ".join((ROOT / "results/README.md").read_text(encoding="utf-8").split())
     seeds = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(SCIENTIFIC.glob("seed*/result.json"))]
     hit, ndcg = ([result["test"][name] for result in seeds] for name in ("hit@10", "ndcg@10"))
     epochs = ", ".join(str(result["best_epoch"]) for result in seeds)
     spread = [f"{mean(values):.4f} ± {stdev(values):.4f}" for values in (ndcg, hit)]
     assert f"NDCG@10 {spread[0]}, Hit@10 {spread[1]} ({len(seeds)} seeds, best epochs {epochs})" in text
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_links_lead_somewhere(readme: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", readme.read_text(encoding="utf-8"))
+    for link in links:
+        if link.startswith("http"):
+            continue
+        path, _, section = link.partition("#")
+        file = readme.parent / path
+        assert file.exists(), link
+        headings = [anchor(line) for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")] if section else []
+        assert not section or section in headings, link
+
+
+def anchor(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lstrip("# ").lower()).replace(" ", "-")
