@@ -111,7 +111,7 @@ def rank_test(run: Run, data: DomainData) -> float:
 
 
 def write(stem: Path, found: dict[str, list[dict[str, Any]]], spec: Spec) -> None:
-    """The figures, and the table that the README shows."""
+    """The figures, and the table of them."""
     where, names = machine("cpu"), targets(spec)
     first = next(iter(found.values()))
     rows = ["| choice | " + " | ".join(f"zero-shot {name}" for name in names) + " | mean | held-out users | seconds |"]
