@@ -222,7 +222,7 @@ def judge_gpus(node: Node, told: Mapping[str, Any], resources: Resources) -> lis
         return [Finding("GPUs", "warning", what, remedy, node.name)]
     found = [Finding("GPUs", "ok", names, node=node.name)]
     if told["kernel_problem"] is not None:
-        remedy = "Run: pip install mamba-ssm (built for this torch and CUDA). Until then long sequences are scanned in PyTorch, more slowly."
+        remedy = "Run: pip install mamba-ssm (built for this torch and CUDA). Until then long sequences are scanned in torch, more slowly."
         found.append(Finding("kernel", "warning", f"the mamba-ssm kernel cannot be used: {told['kernel_problem']}", remedy, node.name))
     return found
 
