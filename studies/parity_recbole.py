@@ -72,7 +72,8 @@ def main() -> int:
         cut(told.data / DOMAIN, Path(name) / DOMAIN)
         for seed in range(told.seeds):
             for model in told.models:
-                add(told.csv, {"model": model.lower(), "seed": seed, **run(model, seed, Path(name)), "source": SOURCE})
+                if (model.lower(), seed) not in done(told.csv):
+                    add(told.csv, {"model": model.lower(), "seed": seed, **run(model, seed, Path(name)), "source": SOURCE})
     return 0
 
 
@@ -101,6 +102,14 @@ def run(model: str, seed: int, folder: Path) -> dict[str, Any]:
     best, _ = trainer.fit(train, valid, verbose=False, saved=True)
     found = trainer.evaluate(test, load_best_model=True)
     return {"valid ndcg@10": float(best), "test hit@10": float(found["hit@10"]), "test ndcg@10": float(found["ndcg@10"])}
+
+
+def done(file: Path) -> set[tuple[str, int]]:
+    """Which (model, seed) the file has."""
+    if not file.exists():
+        return set()
+    with file.open(newline="", encoding="utf-8") as rows:
+        return {(row["model"], int(row["seed"])) for row in csv.DictReader(rows)}
 
 
 def add(file: Path, row: dict[str, Any]) -> None:

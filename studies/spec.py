@@ -247,7 +247,7 @@ class Spec:
             raise ValueError("budget.gpu_hours limits trials on GPUs, and resources.gpus is 0.")
         if self.pretrain is None and any(self.arms[arm].init == "pretrained" for _, arm in pairs):
             raise ValueError("has pretrained arms and no `pretrain`.")
-        kinds: set[Name] = {"mmm4rec", *(arm.recommender for arm in self.arms.values())}
+        kinds: set[Name] = {arm.recommender for arm in self.arms.values()}
         kinds |= {self.pretrain.recommender} if self.pretrain else set()
         for key in [*self.model, *(name.split(".")[1] for name in self.space if name.startswith("model."))]:
             if not any(key in known_fields(kind) for kind in kinds):

@@ -89,7 +89,7 @@ class TrackedCell:
 
     @property
     def trains(self) -> bool:
-        """Whether it fits anything on the domain. What does not gives the same numbers under every seed."""
+        """Whether it took optimizer steps. What took none gives the same numbers under every seed."""
         steps = [steps for trial in self.trials for steps, _ in trial.curve]
         return max(steps) > 0 if steps else self.search_trials > 0
 

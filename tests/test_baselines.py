@@ -432,17 +432,22 @@ def test_the_filter_of_bsarec_by_an_explicit_fourier_sum() -> None:
 
 
 def test_the_adaptor_of_unisrec_by_its_formula() -> None:
-    """A softmax over the gates times W_e (x - b_e); in training the gates are noisy, in evaluation not."""
+    """A softmax over the gates times W_e (x - b_e); in training with noise of deviation softplus(x V) + .01 on the gates."""
     adaptor = Adaptor(5, UniSRecConfig(width=4, heads=2, experts=3, adaptor_dropout=0.0)).eval()
     with torch.no_grad():
         for parameter in adaptor.parameters():
             parameter.copy_(torch.randn_like(parameter))
     x, weights = torch.randn(6, 5), adaptor.experts.weight.view(3, 4, 5)
-    gates = torch.softmax(x @ adaptor.gate, dim=-1)
-    expected = sum(gates[:, e, None] * ((x - adaptor.shifts[e]) @ weights[e].T) for e in range(3))
-    torch.testing.assert_close(adaptor(x), expected)
-    adaptor.train()
-    assert not torch.allclose(adaptor(x), expected)
+
+    def weighed(gates: Tensor) -> Tensor:
+        experts = [(x - adaptor.shifts[e]) @ weights[e].T for e in range(3)]
+        return sum(gates.softmax(-1)[:, e, None] * said for e, said in enumerate(experts))  # type: ignore[return-value]
+
+    torch.testing.assert_close(adaptor(x), weighed(x @ adaptor.gate))
+    torch.manual_seed(0)
+    noise = torch.randn(6, 3) * (torch.log1p(torch.exp(x @ adaptor.noise)) + 0.01)
+    torch.manual_seed(0)
+    torch.testing.assert_close(adaptor.train()(x), weighed(x @ adaptor.gate + noise))
 
 
 def test_interests_count_once_and_candidates_weigh_their_modalities_alike(make_domain: Callable[..., Domain]) -> None:
@@ -456,6 +461,38 @@ def test_interests_count_once_and_candidates_weigh_their_modalities_alike(make_d
     catalogue = run.model.items(features)
     torch.testing.assert_close(catalogue.candidates[1:], expected[1:])
     torch.testing.assert_close(catalogue.inputs["item"][1:], (parts[0] + parts[1] + run.model.ids["item"])[1:])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_what_an_item_lacks_has_no_weight_among_candidates(make_domain: Callable[..., Domain], ids: bool) -> None:
+    """MISSRec: item 1 without a picture, item 2 without either; an item of both keeps what it had."""
+    run = stirred(told("missrec", make_domain(), {"ids": ids})).run
+    run.model.eval()
+    features = run.data[0].features
+    whole = run.model.items(features).candidates
+    for modality, items in (("image", [1, 2]), ("text", [2])):
+        features.present[modality][items] = False  # type: ignore[index]
+        features.vectors[modality][items] = 0.0  # type: ignore[index]
+    found = run.model.items(features).candidates
+    text = run.model.adapters["text"](features.vectors["text"][1])  # type: ignore[operator, index]
+    parts = [2 * text / text.norm()]
+    if ids:
+        own = run.model.ids["item"]  # type: ignore[index]
+        parts.append(own[1] / own[1].norm())
+        torch.testing.assert_close(found[2], own[2] / own[2].norm())
+    else:
+        assert not found[2].any()
+    torch.testing.assert_close(found[1], torch.stack(parts).sum(0) / (3 if ids else 2))
+    torch.testing.assert_close(found[3:], whole[3:])
+
+
+def test_a_single_modality_and_the_ids_are_one_candidate(make_domain: Callable[..., Domain]) -> None:
+    """MISSRec with texts alone: the unit vector of their sum."""
+    run = stirred(told("missrec", make_domain(), {"modalities": "text"})).run
+    run.model.eval()
+    features = run.data[0].features
+    both = run.model.adapters["text"](features.vectors["text"]) + run.model.ids["item"]  # type: ignore[operator, index]
+    torch.testing.assert_close(run.model.items(features).candidates[1:], torch.nn.functional.normalize(both, dim=-1)[1:])
 
 
 def test_the_mixtures_of_hm4sr_by_their_formulas() -> None:

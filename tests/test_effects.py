@@ -318,7 +318,7 @@ def test_a_baseline_is_an_arm_of_the_cells() -> None:
         from_dict(Spec, {**PLAIN, "baseline": "other"}, source="test")
 
 
-def test_what_is_searched_and_takes_no_step_fits_nothing() -> None:
+def test_what_is_searched_and_takes_no_step_does_not_train() -> None:
     """As item_knn: its one run, at optimizer step 0, stands beside every seed."""
     trained = cell("scratch", (1, 2))
     counted = replace(trained, trials=tuple(replace(trial, curve=((0, 0.1),)) for trial in trained.trials), search_trials=4)

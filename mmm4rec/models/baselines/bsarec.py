@@ -24,7 +24,7 @@ PADDED_AT_ONCE = 4  # positions with padding, for one of those that a batch has
 
 @dataclass(frozen=True)
 class BSARecConfig(TransformerConfig):
-    """The release's defaults."""
+    """The release's example for Amazon Beauty."""
 
     heads: int = 1
     alpha: float = 0.7  # the filter's share

@@ -107,7 +107,7 @@ class HM4SR(Recommender):
         self.norms = nn.ModuleDict({name: nn.LayerNorm(D, eps=NORM_EPS) for name in names})
         self.encoders = nn.ModuleDict({name: transformer_encoder(config, config.layers) for name in names})
         self.dropout = Dropout(config.dropout)
-        for part in (self.positions, self.encoders, self.interactive, self.temporal):
+        for part in (self.positions, self.encoders, self.temporal):  # the interactive mixture starts as torch has it
             if part is not None:
                 part.apply(initialise).apply(initialise_attention)
 

@@ -1,4 +1,4 @@
-"""Similarity to the last item's features: cosine, summed over the modalities. Needs no training, and is strong."""
+"""Similarity to the last item's features: cosine, summed over the modalities. Needs no training."""
 
 from __future__ import annotations
 

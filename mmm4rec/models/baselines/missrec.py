@@ -3,12 +3,14 @@
 Kept: linear adaptors, the sum of both modalities (and the item's own vector) with a position as the decoder's input; the
 clusters of all items' features ("interests"), half as many as there are features, each of a history's once, as the encoder's
 input; torch's transformer, which sees both ways; unit vectors with a temperature; candidates scored a modality at a time, the
-item's own vector as one more. Pre-training is by the next item among those of the batch, as UniSRec's.
+item's own vector as one more, or by the sum of all where a single modality is read. Pre-training is by the next item among those
+of the batch, as UniSRec's.
 Left out, or otherwise: clusters are found once a domain and modality in the features themselves, not anew before every
 epoch in the adapted ones of both: an adaptor is linear, so that a cluster's centre is adapted like an item, and learned
 through. The candidates' modalities weigh alike: that is where the release's learned factor starts, and a user and an item
-stay two vectors. What is random in an item's vectors is drawn once an optimizer step. Padding is no class of the softmax.
-The penalty on interests (0.0001) and the contrast with thinned histories in pre-training (0.001) are absent.
+stay two vectors. What an item lacks has no weight; in the release the adaptor's bias stands there. What is random in an
+item's vectors is drawn once an optimizer step. Padding is no class of the softmax. The penalty on interests (0.0001) and the
+contrast with thinned histories in pre-training (0.001) are absent.
 """
 
 from __future__ import annotations
@@ -91,11 +93,12 @@ class MISSRec(Recommender):
 
     def items(self, features: ItemFeatures, ids: Tensor | slice | None = None) -> Catalogue:
         """As a history reads them: the sum of all that is known of an item, and its interests with their numbers; and as candidates."""
-        parts, inputs = [], {}
+        parts, presence, inputs = [], [], {}
         first_number = 0
         for modality, adapter in self.adapters.items():
             raw, present = feature_rows(features, modality, adapter.in_features, ids)  # type: ignore[arg-type]
             parts.append(adapter(raw) * present[:, None])
+            presence.append(present[:, None])
             centres, own = torch.zeros_like(raw), torch.zeros_like(present, dtype=torch.long)  # where the domain has no such modality
             if modality in features.vectors:
                 interests = self.interests(features)[modality]
@@ -104,10 +107,12 @@ class MISSRec(Recommender):
             inputs[f"{modality} interest"] = adapter(centres)  # [n, D]
             inputs[f"{modality} number"] = torch.where(own > 0, own + first_number, 0)[:, None].to(raw.dtype)  # [n, 1]
             first_number += features.n_items + 1
-        candidates = torch.stack([unit(part) for part in parts]).mean(0)
+        known = torch.stack(presence).sum(0)  # [n, 1]: how many modalities the item has
+        candidates = torch.stack([unit(part) for part in parts]).sum(0) / known.clamp(min=1)
         if "item" in self.ids:
             vectors = rows_of(self.ids["item"], ids)
-            candidates = (unit(vectors) + 2 * candidates) / 3
+            content = torch.where(known > 0, 2, 0)
+            candidates = (unit(vectors) + content * candidates) / (1 + content) if len(parts) > 1 else unit(vectors + parts[0])
             parts.append(vectors)
         return Catalogue({"item": torch.stack(parts).sum(0), **inputs}, candidates)
 

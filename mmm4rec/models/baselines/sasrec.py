@@ -2,7 +2,8 @@
 
 Kept: learned positions, causal self-attention, the items' vectors as inputs and as candidates.
 As in RecBole and UniSRec, which the literature's figures come from: layer norms behind each block, GELU, cross-entropy over
-the whole catalogue. `training.loss=gbce` is gSASRec's loss (Petrov & Macdonald, RecSys 2023, arXiv 2308.07192).
+the whole catalogue. `training.loss=gbce` is gSASRec's loss (Petrov & Macdonald, RecSys 2023, arXiv 2308.07192), with
+one sample of negatives a micro-batch and not a position.
 `content=text` adds a linear projection of the items' features, as UniSRec's authors do for their SASRec with text.
 Left out: the sampled binary cross-entropy of the first paper and its loss at every position: an example is one prefix.
 """

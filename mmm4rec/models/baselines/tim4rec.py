@@ -26,7 +26,7 @@ from mmm4rec.models.ssd import Implementation
 
 @dataclass(frozen=True)
 class TiM4RecConfig(EncoderConfig):
-    """The release's sizes for Amazon Beauty, and the published form of the time input without its padding."""
+    """The release's settings for Amazon Beauty; the published form of the time input, without its padding."""
 
     dropout: float = 0.4
     ffn_width: int = 256
@@ -37,6 +37,7 @@ class TiM4RecConfig(EncoderConfig):
     time: bool = True
     time_encoding: Literal["log", "masked_norm"] = "masked_norm"
     time_step: TimeStep = "scale"
+    time_gate: Literal["head", "position"] = "position"
     scan: Implementation = "auto"
 
     def __post_init__(self) -> None:

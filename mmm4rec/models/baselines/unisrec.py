@@ -5,7 +5,7 @@ pre-training over the texts of several domains by the next item among those of t
 `mixed_batches`); fine-tuning with text alone (`ids=false`, its "inductive" form) or with item ids ("transductive"), the
 encoder held fast (`freeze_encoder`) or not.
 Otherwise: what is random in the items' vectors is drawn once an optimizer step and not anew for histories and candidates (a
-catalogue of many blocks excepted); padding is no class of the softmax.
+catalogue of many blocks excepted), and one dropout serves all experts; padding is no class of the softmax.
 Left out: the contrast of a history with a thinned one in pre-training, which the paper weighs with 0.001.
 """
 
