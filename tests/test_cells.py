@@ -205,6 +205,7 @@ def test_a_recommender_takes_of_the_study_what_its_config_knows() -> None:
         "knn": {"recommender": "item_knn", "space": {"model.window": {"low": 1, "high": 5, "integer": True}}},
         "popularity": {"recommender": "popularity"},
         "tim": {"recommender": "tim4rec"},
+        "own": {"init": "scratch"},
     }
     groups = [{"domains": ["attic"], "arms": list(arms)}]
     told = {"arms": arms, "cells": groups, "baseline": None, "pretrain": None}
@@ -222,6 +223,9 @@ def test_a_recommender_takes_of_the_study_what_its_config_knows() -> None:
     arms["gru"] = {"recommender": "gru4rec", "model": {"filter_size": 2}}
     with pytest.raises(BadInput, match="unknown key filter_size"):
         build_cells(spec(**told), untimed)
+    without = {"arms": {"tim": arms["tim"]}, "cells": [{"domains": ["attic"], "arms": ["tim"]}]}
+    with pytest.raises(BadInput, match=r"model\.\w+, which none of its recommenders knows: tim4rec"):
+        spec(**told | without)  # the study's space is MMM4Rec's too
     arms["gru"] = {"recommender": "popularity", "space": {"training.learning_rate": {"low": 1e-3, "high": 1e-2}}}
     with pytest.raises(BadInput, match=r"searches training.learning_rate, which popularity does not read"):
         build_cells(spec(**told), untimed)
