@@ -117,7 +117,9 @@ def test_another_recommender_is_pre_trained_searched_and_moved(tmp_path: Path) -
     }
     cells = [{"domains": ["attic"], "arms": list(arms)}]
     budget = {"search_trials": 2, "epochs": 2, "grace_epochs": 1, "confirm_seeds": 2}
-    driver = start(tmp_path, baseline="gru4rec", pretrain=pretrain, arms=arms, cells=cells, budget=budget)
+    model = {"width": 16, "ffn_width": 16}
+    space = {name: space for name, space in TINY_STUDY["space"].items() if name != "model.filter_size"}  # type: ignore[attr-defined]
+    driver = start(tmp_path, baseline="gru4rec", pretrain=pretrain, model=model, space=space, arms=arms, cells=cells, budget=budget)
     output, _ = driver.communicate(timeout=360)
     assert driver.returncode == 0, output
     table = pd.read_csv(tmp_path / "tiny" / "tables" / "main.csv").set_index("arm")
