@@ -16,7 +16,7 @@ from mmm4rec.data.domain import Domain
 from mmm4rec.data.features import ItemFeatures
 from mmm4rec.models.baselines.blocks import NORM_EPS
 from mmm4rec.models.baselines.bsarec import BSARecConfig, FrequencyLayer
-from mmm4rec.models.baselines.hm4sr import HM4SRConfig, InteractiveMixture, TemporalMixture
+from mmm4rec.models.baselines.hm4sr import HM4SR, HM4SRConfig, InteractiveMixture, TemporalMixture
 from mmm4rec.models.baselines.item_knn import ItemKNN, ItemKNNConfig
 from mmm4rec.models.baselines.mamba4rec import Mamba4RecConfig, MambaBlock
 from mmm4rec.models.baselines.missrec import _repeated, find_interests
@@ -195,6 +195,16 @@ def test_the_mixtures_of_hm4sr_by_their_formulas() -> None:
     route = temporal.gate(torch.cat([temporal.intervals(torch.tensor([[0, 6]])), when], -1)).softmax(-1)
     for s, (x, found) in enumerate(zip(streams, temporal(streams, gaps, days), strict=True)):
         torch.testing.assert_close(found, x * (route @ temporal.experts[:, s]))
+
+
+def test_the_interactive_mixture_starts_as_torch_has_it() -> None:
+    """Uniform up to 1 / sqrt(3 D), as in the release, where the rest starts with deviation .02."""
+    model = HM4SR(HM4SRConfig(), n_items=5, feature_dimensions={"text": 8, "image": 8})
+    bound = (3 * HM4SRConfig().width) ** -0.5
+    weight, rest = model.interactive.experts.weight, model.positions.weight
+    assert weight.abs().max() <= bound
+    assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert rest.std().item() == pytest.approx(0.02, rel=0.1)
 
 
 def test_gbce_against_its_definition() -> None:
